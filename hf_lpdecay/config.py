@@ -1,0 +1,160 @@
+"""`LpDecayConfig`: every knob of the method, checked where it is made."""
+
+import math
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, Literal
+
+
+@dataclass
+class LpDecayConfig:
+    r"""How a model is made sparse in training.
+
+    Give either `target_sparsity` (the strength is then planned, and the target hit exactly) or `lp_lambda` (the plain
+    method of arXiv 2404.10824: constant strength, whatever sparsity comes of it), or `freeze_zeros=True` alone to
+    fine-tune a model that is sparse already.
+
+    With a target, training has three phases: dense, until the learning rate has warmed up and `ramp_start` has come;
+    the ramp, in which the smallest weights decay to zero along a cubic schedule (Zhu and Gupta, arXiv 1710.01878); and
+    from `ramp_end` on the settle phase, in which exactly the target is zero, zeros are frozen and the rest recovers.
+
+    Args:
+        p (`float`, *optional*, defaults to `0.8`): The norm. Below 1 small weights become exactly zero. Must be below
+            2 with a target. ``p <= 0`` is accepted, beyond the paper, and comes ever closer to a hard cut.
+        lp_lambda (`float`, *optional*): Strength of the decay, ``>= 0``, in the paper's convention; the authors' code
+            has ``p * lambda`` in its place.
+        target_sparsity (`float`, *optional*): Fraction of the selected weights that shall be zero, in (0, 1).
+        target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): Which modules take part, as PEFT
+            spells it: a list of name suffixes, a string that is a regular expression for the whole name, or
+            `"all-linear"`: every linear layer but the output head. Embeddings, norms and biases never take part.
+        exclude_modules (`list[str]` or `str`, *optional*): Which of them do not, spelt alike.
+        pattern (`str`, *optional*, defaults to `"unstructured"`): Who competes with whom for being zero.
+        scope (`str`, *optional*, defaults to `"layer"`): `"layer"` makes every tensor equally sparse, `"global"` ranks
+            all weights together. Only matters with a target.
+        importance (`str`, *optional*): What "small" means. `"magnitude"` is ``|w|``; `"adam"` is ``|w|`` times the
+            root of AdamW's second moment, factored over rows and columns. Defaults to `"adam"` with a target and
+            `"magnitude"` (the paper's, and the only choice) without.
+        trim (`bool`, *optional*): Decay only the weights that are due before the next plan, so that the survivors are
+            not shrunk. Defaults to `True` with a target; impossible without.
+        ramp_start (`float`, *optional*, defaults to `0.0`): Where the ramp starts, as a fraction of all steps, though
+            never before the learning rate has warmed up. Only matters with a target, like the two below.
+        ramp_end (`float`, *optional*, defaults to `0.7`): Where the ramp ends, as a fraction of all steps.
+        num_plans (`int`, *optional*, defaults to `20`): How often in the ramp the strength is planned anew.
+        freeze_zeros (`bool`, *optional*, defaults to `False`): Keep every weight that is exactly zero at zero, from
+            the start.
+
+    Raises:
+        ValueError: If a value is out of range or two values contradict each other.
+    """
+
+    p: float = field(default=0.8, metadata={"help": "The norm; below 1 weights become exactly zero."})
+    lp_lambda: float | None = field(
+        default=None, metadata={"help": "Constant strength of the decay (instead of target_sparsity)."}
+    )
+    target_sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of the selected weights to make zero (instead of lp_lambda)."}
+    )
+    target_modules: list[str] | str = field(
+        default="all-linear", metadata={"help": "Modules that take part: name suffixes, a regex, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules that do not take part, spelt like target_modules."}
+    )
+    pattern: Literal["unstructured"] = field(
+        default="unstructured", metadata={"help": "Who competes with whom for being zero."}
+    )
+    scope: Literal["layer", "global"] = field(
+        default="layer", metadata={"help": "Whether each tensor or all of them together meet the target."}
+    )
+    importance: Literal["adam", "magnitude"] | None = field(
+        default=None, metadata={"help": "What small means. Defaults to 'adam' with a target, else 'magnitude'."}
+    )
+    trim: bool | None = field(
+        default=None, metadata={"help": "Exempt the weights that are not due. Defaults to True with a target."}
+    )
+    ramp_start: float = field(default=0.0, metadata={"help": "Start of the ramp, as a fraction of all steps."})
+    ramp_end: float = field(default=0.7, metadata={"help": "End of the ramp, as a fraction of all steps."})
+    num_plans: int = field(default=20, metadata={"help": "How often in the ramp the strength is planned anew."})
+    freeze_zeros: bool = field(default=False, metadata={"help": "Keep every exact zero at zero from the start."})
+
+    def __post_init__(self):
+        if not _is_number(self.p):
+            raise ValueError(f"Invalid p: {self.p!r} - should be a finite number, such as 0.5.")
+        self._check_target_or_lambda()
+        for name, choices in (
+            ("pattern", ("unstructured",)),
+            ("scope", ("layer", "global")),
+            ("importance", ("adam", "magnitude", None)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Invalid {name}: {getattr(self, name)!r} - should be one of {choices}.")
+        for name in ("ramp_start", "ramp_end"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"Invalid {name}: {value!r} - should be a fraction of all steps, between 0 and 1.")
+        if self.ramp_end <= self.ramp_start:
+            raise ValueError(
+                f"Invalid ramp: ramp_end={self.ramp_end} - should be greater than ramp_start={self.ramp_start}."
+            )
+        if not isinstance(self.num_plans, int) or isinstance(self.num_plans, bool) or self.num_plans < 1:
+            raise ValueError(f"Invalid num_plans: {self.num_plans!r} - should be a whole number >= 1.")
+        for name in ("target_modules", "exclude_modules"):
+            self._normalize_modules(name)
+        self._resolve_defaults()
+
+    def _check_target_or_lambda(self):
+        target, lp_lambda = self.target_sparsity, self.lp_lambda
+        if target is not None and lp_lambda is not None:
+            raise ValueError(
+                f"Both target_sparsity={target} and lp_lambda={lp_lambda} are given: with a target the strength is"
+                " planned. Give only one of the two."
+            )
+        if target is None and lp_lambda is None:
+            if not self.freeze_zeros:
+                raise ValueError(
+                    "Neither target_sparsity nor lp_lambda is given. Give target_sparsity, such as 0.5, to say how"
+                    " sparse the model shall be, or lp_lambda for a decay of constant strength."
+                )
+            self.lp_lambda = 0.0
+        if lp_lambda is not None and (not _is_number(lp_lambda) or lp_lambda < 0):
+            raise ValueError(f"Invalid lp_lambda: {lp_lambda!r} - should be a finite number >= 0.")
+        if target is not None:
+            if not _is_number(target) or not 0 < target < 1:
+                raise ValueError(
+                    f"Invalid target_sparsity: {target!r} - should be a fraction between 0 and 1, such as 0.5 for half"
+                    " of the weights."
+                )
+            if self.p >= 2:
+                raise ValueError(
+                    f"Invalid p: {self.p} - should be below 2 with a target_sparsity, since no decay with p >= 2 makes"
+                    " a weight zero. Take p=0.5, or lp_lambda instead of a target."
+                )
+
+    def _normalize_modules(self, name: str):
+        value = getattr(self, name)
+        if isinstance(value, (tuple, set)):
+            value = sorted(value) if isinstance(value, set) else list(value)
+        if name == "target_modules" and isinstance(value, list) and [str(v).lower() for v in value] == ["all-linear"]:
+            value = "all-linear"  # as the command line gives it
+        if isinstance(value, list) and (not value or not all(isinstance(v, str) and v for v in value)):
+            raise ValueError(f"Invalid {name}: {value!r} - should be a list of module names such as ['q_proj'].")
+        if not isinstance(value, (list, str)) and not (value is None and name == "exclude_modules"):
+            raise ValueError(f"Invalid {name}: {value!r} - should be a list of names, a regular expression or None.")
+        setattr(self, name, value)
+
+    def _resolve_defaults(self):
+        if self.target_sparsity is None:
+            if self.importance == "adam" or self.trim:
+                option = "importance='adam'" if self.importance == "adam" else "trim=True"
+                raise ValueError(
+                    f"{option} needs a target_sparsity: a decay of constant strength is the paper's plain method. Give"
+                    " target_sparsity instead of lp_lambda, or leave the option out."
+                )
+            self.importance, self.trim = "magnitude", False
+        else:
+            self.importance = "adam" if self.importance is None else self.importance
+            self.trim = True if self.trim is None else self.trim
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,227 @@
+"""`LpAdamW`: AdamW whose weight decay can make a weight exactly zero."""
+
+import math
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functional import lp_adamw_, stochastic_round
+
+
+# Elements that are updated at a time: the scratch stays at a few MB whatever the size of the model.
+CHUNK = 1 << 20
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+# What a checkpoint's groups do not decide: options that only torch.optim.AdamW has, and the choice of a kernel.
+_NOT_LOADED = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "decoupled_weight_decay", "fused")
+
+
+class LpAdamW(torch.optim.Optimizer):
+    r"""AdamW with the decoupled p-norm weight decay of arXiv 2404.10824.
+
+    With ``w_hat`` the weight after AdamW's own step, ``w' = w_hat / (1 + lr * lp_lambda * |w| ** (p - 2))``. For
+    ``p < 1`` small weights become exactly zero within a few steps and stay there, since zero absorbs under any
+    ``p < 2``. With ``lp_lambda=0`` this is `torch.optim.AdamW`, and its checkpoints can be loaded.
+
+    Parameters without a gradient are left alone. Every hyperparameter lives in `param_groups`. A parameter may carry
+    a plan of its own in its state, which [`~hf_lpdecay.sparsity.SparsityController`] writes: ``lp_lambda`` (in place
+    of the group's), ``lp_threshold`` (weights not below it are exempt), ``lp_row`` and ``lp_col`` (importance).
+
+    bfloat16 and float16 weights are updated in float32 (moments are kept in float32 too) and written back with
+    stochastic rounding, without which most of the decay would be lost.
+
+    Args:
+        params (`Iterable`): Parameters, or dicts that define parameter groups.
+        lr (`float`, *optional*, defaults to `1e-3`): Learning rate, ``>= 0``.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Averaging of the moments, in ``[0, 1)``.
+        eps (`float`, *optional*, defaults to `1e-8`): Added to AdamW's denominator.
+        weight_decay (`float`, *optional*, defaults to `0.0`): AdamW's ordinary decoupled decay (L2), which adds to
+            the p-norm's.
+        p (`float`, *optional*, defaults to `0.8`): The norm. ``p <= 0`` is accepted, beyond the paper.
+        lp_lambda (`float`, *optional*, defaults to `0.0`): Strength ``>= 0``, in the paper's convention.
+        freeze_zeros (`bool`, *optional*, defaults to `False`): Keep every exact zero at zero, at any `lp_lambda`.
+        fused (`bool`, *optional*): Whether torch's fused AdamW kernel does the AdamW part. `None` uses it on a CPU or
+            CUDA device; `True` raises where there is none. Tensors that are not contiguous go without.
+        stochastic_rounding (`bool`, *optional*): How bfloat16 and float16 weights are written. `None` means `True`;
+            other dtypes are never rounded.
+
+    Raises:
+        ValueError: If a hyperparameter is out of range, or a parameter is complex.
+        RuntimeError: If a gradient is sparse, or `fused=True` meets a device that has no fused kernel.
+
+    Example:
+
+    ```python
+    >>> optimizer = LpAdamW(model.parameters(), lr=1e-3, p=0.5, lp_lambda=1e-3)
+    ```
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        p: float = 0.8,
+        lp_lambda: float = 0.0,
+        freeze_zeros: bool = False,
+        fused: bool | None = None,
+        stochastic_rounding: bool | None = None,
+    ):
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "p": p,
+            "lp_lambda": lp_lambda,
+            "freeze_zeros": freeze_zeros,
+            "fused": fused,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, after checking its hyperparameters."""
+        _check_hyperparameters({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.is_complex():
+                raise ValueError(f"LpAdamW takes real parameters, got one of dtype {param.dtype}.")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one optimization step.
+
+        Args:
+            closure (`Callable`, *optional*): Re-evaluates the model and returns the loss.
+
+        Returns:
+            What `closure` returned, or `None`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, group)
+        return loss
+
+    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+        if param.grad.is_sparse:
+            raise RuntimeError("LpAdamW does not take sparse gradients; make the embedding with sparse=False.")
+        fused = group["fused"]
+        if fused is None:
+            fused = param.device.type in ("cpu", "cuda")
+        state = self.state[param]
+        if "step" not in state:
+            moment_dtype = torch.float32 if param.dtype in _LOW_PRECISION else param.dtype
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if fused else "cpu")
+            state["exp_avg"] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
+
+        lr = float(group["lr"])
+        lp_lambda = state.get("lp_lambda", group["lp_lambda"])
+        tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+        contiguous = all(tensor.is_contiguous() for tensor in tensors)
+        hyperparameters = {
+            "lr": lr,
+            "betas": group["betas"],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "p": group["p"],
+            "lp_lambda": lp_lambda,
+            "freeze_zeros": group["freeze_zeros"],
+            "threshold": state.get("lp_threshold"),
+            "fused": fused and contiguous,  # the fused kernel reads memory in a row, whatever the strides
+        }
+        if param.dtype in _LOW_PRECISION:
+            rounding = group["stochastic_rounding"] is not False
+            for pieces, row, col in _chunks(tensors, state, contiguous):
+                weight = pieces[0].float()
+                lp_adamw_(
+                    weight, pieces[1].float(), *pieces[2:], state["step"].clone(), row=row, col=col, **hyperparameters
+                )
+                pieces[0].copy_(stochastic_round(weight, param.dtype) if rounding else weight)
+            state["step"] += 1
+        elif (lr > 0 and lp_lambda > 0) or group["freeze_zeros"]:
+            for pieces, row, col in _chunks(tensors, state, contiguous):
+                lp_adamw_(*pieces, state["step"].clone(), row=row, col=col, **hyperparameters)
+            state["step"] += 1
+        else:  # nothing but AdamW, which needs no scratch
+            lp_adamw_(*tensors, state["step"], **hyperparameters)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load an optimizer state, from this class or from `torch.optim.AdamW`.
+
+        What a `torch.optim.AdamW` checkpoint does not say (`p`, `lp_lambda`, ...) keeps its present value, and
+        so does `fused`.
+
+        Args:
+            state_dict (`dict`): As returned by `state_dict()`.
+
+        Raises:
+            ValueError: If the groups don't match, or the state was made with `amsgrad` or `maximize`.
+        """
+        saved_groups = state_dict["param_groups"]
+        for option in ("amsgrad", "maximize"):
+            if any(saved.get(option) for saved in saved_groups):
+                raise ValueError(f"This state was made with {option}=True, which LpAdamW does not have.")
+        if len(saved_groups) == len(self.param_groups):  # otherwise let the base class say so
+            saved_groups = [
+                {
+                    **current,
+                    **{name: value for name, value in saved.items() if name not in _NOT_LOADED},
+                }
+                for current, saved in zip(self.param_groups, saved_groups)
+            ]
+        super().load_state_dict({**state_dict, "param_groups": saved_groups})
+        # The base class casts state to the parameter's dtype, which would round float32 moments to bfloat16.
+        saved_ids = [i for saved in saved_groups for i in saved["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for saved_id, param in zip(saved_ids, params):
+            if param.dtype in _LOW_PRECISION and saved_id in state_dict["state"]:
+                for name, value in state_dict["state"][saved_id].items():
+                    if torch.is_tensor(value) and name != "step":
+                        self.state[param][name] = value.detach().to(param.device, torch.float32, copy=True)
+
+
+def _chunks(tensors: tuple[Tensor, ...], state: dict[str, Any], contiguous: bool):
+    """Split equally shaped tensors into pieces of about `CHUNK` elements, with the importance factors of each piece."""
+    row, col = state.get("lp_row"), state.get("lp_col")
+    shape = tensors[0].shape
+    if contiguous and row is None:
+        for pieces in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors)):
+            yield pieces, None, None
+    elif len(shape) < 2:
+        yield tensors, row, col
+    else:  # whole rows, so that the factors of the columns fit each piece
+        rows = max(1, CHUNK // (tensors[0].numel() // shape[0] or 1))
+        factors = [None] * -(-shape[0] // rows) if row is None else row.split(rows)
+        for *pieces, factor in zip(*(tensor.split(rows) for tensor in tensors), factors):
+            yield pieces, factor, col
+
+
+def _check_hyperparameters(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay", "lp_lambda"):
+        value = group[name]
+        if torch.is_tensor(value):
+            value = value.item()
+        if not _is_number(value) or value < 0:
+            raise ValueError(f"Invalid {name}: {value} - should be a finite number >= 0.")
+    for beta in group["betas"]:
+        if not _is_number(beta) or not 0 <= beta < 1:
+            raise ValueError(f"Invalid beta in betas: {beta} - should be >= 0 and < 1.")
+    if not _is_number(group["p"]):
+        raise ValueError(f"Invalid p: {group['p']!r} - should be a finite number, such as 0.5.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

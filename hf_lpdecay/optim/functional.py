@@ -1,0 +1,128 @@
+"""The arithmetic of one AdamW step with the decoupled p-norm decay: functions of tensors, no state, no bookkeeping.
+
+Reference: "Decoupled Weight Decay for Any p Norm", Outmezguine and Levi, arXiv 2404.10824. With the learning rate
+``alpha``, the strength ``lambda`` and AdamW's update ``u``::
+
+    w_hat = w - alpha * u
+    w_new = w_hat / (1 + alpha * lambda * r ** (p - 2))          r = |w|, or |w| times an importance
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+
+def decay_denominator_(r: Tensor, lr: float, lp_lambda: float, p: float) -> Tensor:
+    """Turn ``r`` into ``1 + lr * lp_lambda * r ** (p - 2)``, the number that a decayed weight is divided by, in place.
+
+    ``lr * lp_lambda`` goes into the exponent, ``exp2((p - 2) * log2(r) + log2(lr * lp_lambda))``: cheaper than `pow`,
+    free of overflow in the product, and right without a special case at ``r = 0`` (where ``p < 2`` gives infinity:
+    zero absorbs).
+
+    Args:
+        r (`torch.Tensor`): Size of each weight, finite and ``>= 0``, float32 or float64, any shape. Overwritten.
+        lr (`float`): Learning rate ``alpha >= 0``.
+        lp_lambda (`float`): Strength ``lambda >= 0`` in the paper's convention (the authors' code has ``p * lambda``).
+        p (`float`): The norm. ``p < 1`` makes weights exactly zero, ``p = 2`` is AdamW's decay in implicit form,
+            ``p <= 0`` (beyond the paper) comes ever closer to a hard cut.
+
+    Returns:
+        `torch.Tensor`: `r` itself, every entry ``>= 1``; all ones if ``lr * lp_lambda`` is zero.
+    """
+    if lr == 0 or lp_lambda == 0:
+        return r.fill_(1.0)
+    log2_strength = math.log2(lr) + math.log2(lp_lambda)
+    if p == 2:  # 0 * log2(0) would be NaN
+        return r.fill_(1.0 + 2.0 ** min(log2_strength, 1023.0))
+    return r.log2_().mul_(p - 2).add_(log2_strength).exp2_().add_(1.0)
+
+
+def lp_adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    p: float,
+    lp_lambda: float,
+    freeze_zeros: bool,
+    threshold: float | None = None,
+    row: Tensor | None = None,
+    col: Tensor | None = None,
+    fused: bool = False,
+) -> None:
+    """One AdamW step with p-norm decay, in place: sticky zero, AdamW, size, trim test, decay.
+
+    The AdamW part is torch's own functional, so that without decay the bits are those of `torch.optim.AdamW`.
+
+    Args:
+        param (`torch.Tensor`): Weights, float32 or float64. Scratch of two more tensors of its size is used, so
+            callers pass large parameters in pieces.
+        grad, exp_avg, exp_avg_sq (`torch.Tensor`): Gradient and moments, shaped and typed like `param`.
+        step (`torch.Tensor`): Number of steps taken before this one, a scalar; incremented.
+        lr, betas, eps, weight_decay: As in `torch.optim.AdamW`.
+        p, lp_lambda (`float`): See [`decay_denominator_`].
+        freeze_zeros (`bool`): Keep every exact zero at zero, whatever the decay does.
+        threshold (`float`, *optional*): Trim: weights with ``r >= threshold`` are exempt from the decay.
+        row, col (`torch.Tensor`, *optional*): Importance factors that broadcast over `param`, ``r = |w| * row * col``.
+        fused (`bool`, *optional*, defaults to `False`): Use torch's fused AdamW kernel.
+    """
+    decays = lr > 0 and lp_lambda > 0
+    absorbs = decays and p < 2 and threshold != 0  # the decay itself then keeps zeros at zero
+    r = param.abs() if decays or freeze_zeros else None
+    zero = r == 0 if freeze_zeros and not absorbs else None
+    adamw(
+        [param],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step],
+        foreach=param.is_cuda and not fused,
+        fused=fused,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
+    if decays:
+        if row is not None:
+            r.mul_(row).mul_(col)
+        exempt = r >= threshold if threshold is not None else None
+        denominator = decay_denominator_(r, lr, lp_lambda, p)
+        if exempt is not None:
+            denominator.masked_fill_(exempt, 1.0)
+        param.div_(denominator)
+    if zero is not None:
+        param.masked_fill_(zero, 0.0)
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 values to one of their two neighbours in `dtype`, to each with the probability that keeps the mean.
+
+    A bfloat16 weight has 8 significant bits, so nearest rounding swallows any relative change below 0.2 %: most of a
+    decay's (and of AdamW's) work. Values that `dtype` holds exactly stay as they are.
+
+    Args:
+        x (`torch.Tensor`): float32 values, any shape.
+        dtype (`torch.dtype`): `torch.bfloat16` or `torch.float16`.
+
+    Returns:
+        `torch.Tensor`: A new tensor in `dtype`, drawn with torch's global generator of `x`'s device.
+    """
+    info = torch.finfo(dtype)
+    mantissa_bits = -round(math.log2(info.eps))
+    _, exponent = torch.frexp(x)
+    smallest = round(math.log2(info.tiny))
+    ulp = torch.exp2((exponent - 1).clamp_min(smallest).sub(mantissa_bits).to(x.dtype))
+    return (x / ulp).add_(torch.rand_like(x)).floor_().mul_(ulp).to(dtype)

@@ -1,0 +1,206 @@
+"""Drives the decay to a target: when it acts, how strongly, on what, and the exact cut at the end."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import LpDecayConfig
+from .quantiles import histogram, kth_smallest, lower_edge
+
+
+DENSE, DECAY, SETTLE = "dense", "decay", "settle"
+MIN_RAMP_STEPS = 10
+# AdamW's second moment says little before it has seen a few gradients.
+_MIN_ADAM_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """The schedule of a run that is driven to a target, in optimizer steps.
+
+    Args:
+        start (`int`): Steps taken before the first plan; the dense phase.
+        end (`int`): Steps taken when the target is cut exactly; the settle phase follows.
+        interval (`int`): Steps from one plan to the next.
+        target (`float`): Sparsity at the end.
+    """
+
+    start: int
+    end: int
+    interval: int
+    target: float
+
+    @classmethod
+    def from_config(cls, config: LpDecayConfig, total_steps: int, warmup_steps: int = 0) -> "Ramp":
+        """Place the ramp of `config` in a run.
+
+        Args:
+            config (`LpDecayConfig`): With a `target_sparsity`.
+            total_steps (`int`): Optimizer steps in the run.
+            warmup_steps (`int`, *optional*, defaults to 0): Steps in which the learning rate warms up.
+
+        Raises:
+            ValueError: If the ramp has fewer than 10 steps.
+        """
+        start = max(round(config.ramp_start * total_steps), warmup_steps)
+        if config.importance == "adam":
+            start = max(start, _MIN_ADAM_STEPS)
+        end = round(config.ramp_end * total_steps)
+        if end - start < MIN_RAMP_STEPS:
+            raise ValueError(
+                f"The ramp would have {max(end - start, 0)} optimizer steps, from step {start} to {end} of"
+                f" {total_steps}, and needs {MIN_RAMP_STEPS}: train for more steps, warm up for fewer (now"
+                f" {warmup_steps}), or move ramp_start={config.ramp_start} and ramp_end={config.ramp_end} apart."
+            )
+        return cls(start, end, max(1, (end - start) // config.num_plans), config.target_sparsity)
+
+    def phase(self, step: int) -> str:
+        """The phase after `step` optimizer steps."""
+        if step < self.start:
+            return DENSE
+        return DECAY if step < self.end else SETTLE
+
+    def sparsity(self, step: int) -> float:
+        """The sparsity that is due after `step` optimizer steps: cubic (Zhu and Gupta, arXiv 1710.01878)."""
+        progress = min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
+        return self.target * (1.0 - (1.0 - progress) ** 3)
+
+    def next_plan(self, step: int) -> int | None:
+        """The step of the plan (or cut) after the one at `step`, or `None` if nothing is planned at `step`."""
+        if not self.start <= step < self.end or (step - self.start) % self.interval:
+            return None
+        following = step + self.interval
+        # A last interval shorter than the others would ask for the impossible: it joins the one before.
+        return following if following + self.interval <= self.end else self.end
+
+
+class SparsityController:
+    """Drives selected parameters of an [`~hf_lpdecay.LpAdamW`] to a target sparsity.
+
+    Every few steps it plans, for each tensor: how many weights are due to be zero at the next plan, the size ``q``
+    below which they lie, and the strength that takes a weight of that size to zero by then. Under decay alone
+    ``r ** (2 - p)`` falls by ``(2 - p) * lambda * lr`` in a step, so with ``A`` the learning rate summed until then,
+    ``lambda = q ** (2 - p) / ((2 - p) * A)``. If `trim` is set, all but the weights below ``q`` are exempt. From the
+    first plan on, what is zero stays zero.
+
+    The plan lives in the optimizer's state, and what has been done so far in the weights' own zeros, so that the
+    optimizer's and the model's checkpoints hold everything that a resumed run needs.
+
+    Args:
+        config (`LpDecayConfig`): With a `target_sparsity`.
+        params (`dict[str, torch.Tensor]`): The selected parameters by name.
+        optimizer (`LpAdamW`): Holds them, in groups that hold nothing else.
+        ramp (`Ramp`): The schedule.
+    """
+
+    def __init__(
+        self,
+        config: LpDecayConfig,
+        params: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        ramp: Ramp,
+    ):
+        self.config = config
+        self.params = params
+        self.optimizer = optimizer
+        self.ramp = ramp
+        self._ids = {id(param) for param in params.values()}
+
+    @torch.no_grad()
+    def after_step(self, step: int, summed_lr: Callable[[int], list[float]]) -> None:
+        """Plan or cut, if it is time.
+
+        Args:
+            step (`int`): Optimizer steps taken so far.
+            summed_lr (`Callable[[int], list[float]]`): Sum of the learning rate over the next so many steps, for
+                each of the optimizer's groups.
+        """
+        if step == self.ramp.end:
+            self._cut()
+            return
+        following = self.ramp.next_plan(step)
+        if following is not None:
+            self._plan(self.ramp.sparsity(following), summed_lr(following - step))
+
+    def lp_lambda(self) -> float:
+        """The strength that is planned now, averaged over the selected weights."""
+        state = self.optimizer.state
+        return sum(state[p].get("lp_lambda", 0.0) * p.numel() for p in self.params.values()) / self._numel()
+
+    def _plan(self, sparsity: float, summed_lr: list[float]) -> None:
+        if self.config.importance == "adam":
+            self._update_importance()
+        if self.config.scope == "global":
+            counts = sum(histogram(self._size(param)) for param in self.params.values())
+            threshold = lower_edge(counts, max(1, round(sparsity * self._numel())))
+        power = 2.0 - self.config.p
+        for group, lr in zip(self.optimizer.param_groups, summed_lr):
+            group["freeze_zeros"] = group["freeze_zeros"] or bool(self._selected(group))
+            for param in self._selected(group):
+                if self.config.scope == "layer":
+                    threshold = lower_edge(histogram(self._size(param)), max(1, round(sparsity * param.numel())))
+                state = self.optimizer.state[param]
+                state["lp_lambda"] = threshold**power / (power * lr) if lr > 0 else 0.0
+                if self.config.trim:
+                    state["lp_threshold"] = threshold
+
+    def _cut(self) -> None:
+        params = list(self.params.values())
+        for competitors in [params] if self.config.scope == "global" else [[param] for param in params]:
+            self._cut_smallest(competitors, round(self.ramp.target * sum(param.numel() for param in competitors)))
+        for group in self.optimizer.param_groups:
+            for param in self._selected(group):
+                for name in ("lp_lambda", "lp_threshold", "lp_row", "lp_col"):
+                    self.optimizer.state[param].pop(name, None)
+
+    def _cut_smallest(self, params: list[Tensor], count: int) -> None:
+        """Set exactly the `count` smallest weights to zero; among equals the first ones go."""
+        if count == 0:
+            return
+        threshold, below = kth_smallest(lambda: (self._size(param) for param in params), count)
+        spare = count - below
+        for param in params:
+            size = self._size(param).to(torch.float32)
+            gone = size < threshold
+            equal = (size == threshold).view(-1).nonzero().view(-1)[:spare]
+            spare -= len(equal)
+            gone.view(-1)[equal] = True
+            param.masked_fill_(gone, 0.0)
+
+    def _size(self, param: Tensor) -> Tensor:
+        """`r`, what the plan ranks and the decay acts on: a new tensor, shaped like `param`."""
+        state = self.optimizer.state[param]
+        size = param.detach().abs()
+        if "lp_row" in state:
+            size.mul_(state["lp_row"]).mul_(state["lp_col"])
+        return size
+
+    def _update_importance(self) -> None:
+        """Factor AdamW's second moment, the expected squared gradient, into rows and columns.
+
+        ``h = sqrt(row mean * column mean) / mean`` estimates the root of the second moment from far fewer numbers
+        than it has, as Adafactor does (arXiv 1804.04235); ``(|w| * h) ** 2`` is then the optimal brain damage
+        saliency of a weight with the empirical Fisher for the curvature. Per layer it is normalised to a mean square
+        of 1; globally, over all selected tensors.
+        """
+        state = self.optimizer.state
+        moments = {param: state[param]["exp_avg_sq"] for param in self.params.values() if "exp_avg_sq" in state[param]}
+        if self.config.scope == "global":
+            unit = sum(moment.sum() for moment in moments.values()) / sum(
+                moment.numel() for moment in moments.values()
+            )
+        for param, moment in moments.items():
+            mean = moment.mean()
+            if mean > 0:  # otherwise no gradient has come yet, and the magnitude is all that is known
+                state[param]["lp_row"] = (
+                    moment.mean(1, keepdim=True) / (unit if self.config.scope == "global" else mean)
+                ).sqrt_()
+                state[param]["lp_col"] = (moment.mean(0, keepdim=True) / mean).sqrt_()
+
+    def _selected(self, group: dict) -> list[Tensor]:
+        return [param for param in group["params"] if id(param) in self._ids]
+
+    def _numel(self) -> int:
+        return sum(param.numel() for param in self.params.values())

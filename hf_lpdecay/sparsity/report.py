@@ -1,0 +1,160 @@
+"""`measure_sparsity`: what is exactly zero, per tensor and in total."""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .selection import Modules, match_parameters
+
+
+@dataclass(frozen=True)
+class TensorSparsity:
+    """Exact zeros in one tensor.
+
+    Args:
+        name (`str`): As in `model.named_parameters()`.
+        shape (`list[int]`): Its shape.
+        numel (`int`): Number of entries.
+        zeros (`int`): How many of them are exactly zero.
+        selected (`bool`): Whether the tensor is in the selected scope.
+    """
+
+    name: str
+    shape: list[int]
+    numel: int
+    zeros: int
+    selected: bool
+
+    @property
+    def module(self) -> str:
+        """The kind of module, the same in every layer: `model.layers.self_attn.q_proj`."""
+        return re.sub(r"\.\d+(?=\.|$)", "", self.name).removesuffix(".weight")
+
+    @property
+    def layer(self) -> int | None:
+        """The layer's number, if the name has one."""
+        match = re.search(r"\.(\d+)\.", self.name)
+        return int(match.group(1)) if match else None
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """Exact zeros of a model, each parameter counted once however many modules share it.
+
+    Args:
+        tensors (`list[TensorSparsity]`): One entry per parameter.
+    """
+
+    tensors: list[TensorSparsity]
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros in the selected tensors, as a fraction of their entries."""
+        return _fraction([t for t in self.tensors if t.selected])
+
+    @property
+    def model_sparsity(self) -> float:
+        """Zeros in all parameters, as a fraction of all parameters."""
+        return _fraction(self.tensors)
+
+    def table(self, by: str = "tensor") -> str:
+        """Format the selected tensors and the totals as a table.
+
+        Args:
+            by (`str`, *optional*, defaults to `"tensor"`): `"tensor"` for one row each, `"module"` for one row per
+                kind of module over all layers.
+        """
+        rows: dict[str, list[TensorSparsity]] = {}
+        for tensor in self.tensors:
+            if tensor.selected:
+                rows.setdefault(tensor.name if by == "tensor" else tensor.module, []).append(tensor)
+        selected = [tensor for tensor in self.tensors if tensor.selected]
+        rows["selected, in total"] = selected
+        rows["whole model"] = self.tensors
+        width = max(len(name) for name in rows)
+        lines = [f"{'':<{width}}  {'parameters':>13}  {'zeros':>13}  {'sparsity':>8}"]
+        for name, tensors in rows.items():
+            numel, zeros = sum(t.numel for t in tensors), sum(t.zeros for t in tensors)
+            lines.append(f"{name:<{width}}  {numel:>13,}  {zeros:>13,}  {_fraction(tensors):>8.2%}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain Python, ready for JSON."""
+        selected = [tensor for tensor in self.tensors if tensor.selected]
+        return {
+            "sparsity": self.sparsity,
+            "model_sparsity": self.model_sparsity,
+            "selected_numel": sum(t.numel for t in selected),
+            "selected_zeros": sum(t.zeros for t in selected),
+            "model_numel": sum(t.numel for t in self.tensors),
+            "model_zeros": sum(t.zeros for t in self.tensors),
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+        }
+
+    def to_json(self, path: str | os.PathLike, **facts: Any) -> None:
+        """Write the report to a file.
+
+        Args:
+            path (`str` or `os.PathLike`): Where to.
+            facts (`Any`): Further entries beside the report's own, such as perplexities.
+        """
+        write_text(path, json.dumps({**facts, **self.to_dict()}, indent=2) + "\n")
+
+
+@torch.no_grad()
+def measure_sparsity(
+    model: nn.Module, target_modules: Modules = "all-linear", exclude_modules: Modules = None
+) -> SparsityReport:
+    """Count the exact zeros of a model.
+
+    Args:
+        model (`nn.Module`): Any model, on any device.
+        target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): What the selected scope is,
+            spelt as in [`~hf_lpdecay.LpDecayConfig`].
+        exclude_modules (`list[str]` or `str`, *optional*): What to leave out of it.
+
+    Returns:
+        `SparsityReport`: Per tensor and in total, of the selected scope and of the whole model.
+
+    Raises:
+        ValueError: If no linear layer matches.
+
+    Example:
+
+    ```python
+    >>> print(measure_sparsity(model).table(by="module"))
+    ```
+    """
+    selected = match_parameters(model, target_modules, exclude_modules)
+    return SparsityReport(
+        [
+            TensorSparsity(
+                name=name,
+                shape=list(param.shape),
+                numel=param.numel(),
+                zeros=param.numel() - int(param.count_nonzero()),
+                selected=name in selected,
+            )
+            for name, param in model.named_parameters()
+        ]
+    )
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file whole or not at all: to a temporary name first, then renamed."""
+    temporary = f"{os.fspath(path)}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def _fraction(tensors: list[TensorSparsity]) -> float:
+    return sum(t.zeros for t in tensors) / max(1, sum(t.numel for t in tensors))

@@ -1,0 +1,128 @@
+"""Which parameters take part: `target_modules` and `exclude_modules`, as PEFT spells them."""
+
+import difflib
+import re
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+Modules = list[str] | str | None
+
+
+def match_parameters(
+    model: nn.Module, target_modules: Modules = "all-linear", exclude_modules: Modules = None
+) -> dict[str, nn.Parameter]:
+    """Find the weights of the linear layers (`nn.Linear` and GPT-2's `Conv1D`) whose module names match.
+
+    Args:
+        model (`nn.Module`): Any model.
+        target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): Name suffixes, a regular
+            expression for the whole module name, or `"all-linear"`: every linear layer but the output head (for a
+            classifier: everything behind the base model) and but the inside of PEFT adapters.
+        exclude_modules (`list[str]` or `str`, *optional*): Modules to leave out, spelt alike.
+
+    Returns:
+        `dict[str, nn.Parameter]`: Weights by the name that `model.named_parameters()` gives them, each once however
+        many modules share it.
+
+    Raises:
+        ValueError: If nothing matches.
+    """
+    names = {id(param): name for name, param in model.named_parameters()}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        left_out = _head_and_adapter_names(model)
+        tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        chosen = [name for name, m in linears.items() if name not in left_out and id(m.weight) not in tied]
+    else:
+        chosen = [name for name in linears if _matches(target_modules, name)]
+    if not chosen:
+        raise ValueError(_nothing_matches("target_modules", target_modules, linears))
+    if exclude_modules:
+        excluded = {name for name in linears if _matches(exclude_modules, name)}
+        if not excluded:
+            raise ValueError(_nothing_matches("exclude_modules", exclude_modules, linears))
+        chosen = [name for name in chosen if name not in excluded]
+        if not chosen:
+            raise ValueError(
+                f"exclude_modules={exclude_modules!r} leaves nothing of target_modules={target_modules!r}: make one of"
+                " them narrower or wider."
+            )
+    matched = {id(linears[name].weight): linears[name].weight for name in chosen}
+    return {names[key]: weight for key, weight in matched.items()}
+
+
+def select_parameters(
+    model: nn.Module, target_modules: Modules = "all-linear", exclude_modules: Modules = None
+) -> dict[str, nn.Parameter]:
+    """Choose the parameters that the p-norm decay shall act on: those that match, are trained and are not all zero.
+
+    Zero absorbs under the decay, so a tensor that starts at zero (LoRA's B, a zero-initialised head) would never learn.
+
+    Args:
+        model, target_modules, exclude_modules: See [`match_parameters`].
+
+    Returns:
+        `dict[str, nn.Parameter]`: The chosen weights by name.
+
+    Raises:
+        ValueError: If nothing is chosen, or `target_modules` names a tensor that is all zero.
+    """
+    matched = match_parameters(model, target_modules, exclude_modules)
+    trained = {name: param for name, param in matched.items() if param.requires_grad}
+    if not trained:
+        raise ValueError(
+            f"target_modules={target_modules!r} matches {len(matched)} tensors, such as {next(iter(matched))}, but"
+            " none of them is trained (requires_grad is False): unfreeze them or name other modules."
+        )
+    zero = [name for name, param in trained.items() if not param.detach().any()]
+    named = not (isinstance(target_modules, str) and target_modules.lower() == "all-linear")
+    if zero and (named or len(zero) == len(trained)):
+        raise ValueError(
+            f"{', '.join(zero)}: all zero, and under the p-norm decay zero stays zero, so this would never learn."
+            " Initialise it differently or leave it out with exclude_modules."
+        )
+    if zero:
+        logger.warning_once(f"All zero, and therefore left out of the p-norm decay: {', '.join(zero)}.")
+    return {name: param for name, param in trained.items() if name not in zero}
+
+
+def _matches(patterns: Modules, name: str) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
+
+
+def _head_and_adapter_names(model: nn.Module) -> set[str]:
+    left_out = set()
+    if isinstance(model, PreTrainedModel):
+        output = model.get_output_embeddings()
+        base = model.base_model
+        inside = {id(module) for module in base.modules()}
+        for name, module in model.named_modules():
+            if module is output or (output is None and id(module) not in inside):
+                left_out.add(name)
+    for prefix, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            left_out |= {f"{prefix}.{name}" for name, _ in module.named_modules() if name and name != "base_layer"}
+    return left_out
+
+
+def _nothing_matches(option: str, value: Modules, linears: dict[str, nn.Module]) -> str:
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    message = f"{option}={value!r} matches no linear layer."
+    if not linears:
+        return f"{message} The model has none (nn.Linear or Conv1D)."
+    wanted = [value] if isinstance(value, str) else value
+    near = [match for w in wanted for match in difflib.get_close_matches(w.rsplit(".", 1)[-1], suffixes, n=1)]
+    if near:
+        message += f" Did you mean {near[0]!r}?"
+    if isinstance(value, str):
+        message += " A string is a regular expression for the whole name; give a list for suffixes."
+    return f"{message} Linear layers of this model end in: {', '.join(suffixes[:20])}."

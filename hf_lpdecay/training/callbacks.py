@@ -1,0 +1,150 @@
+"""`SparsityCallback`: drives the controller from a `Trainer`, and says what it does."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+from ..config import LpDecayConfig
+from ..sparsity import Ramp, SparsityController, select_parameters
+from ..sparsity.controller import DECAY, DENSE, SETTLE
+
+
+logger = logging.get_logger(__name__)
+
+# Trackers take numbers.
+PHASE_NUMBERS = {DENSE: 0, DECAY: 1, SETTLE: 2}
+
+
+class SparsityCallback(TrainerCallback, ExportableState):
+    """Drives the p-norm decay of an [`~hf_lpdecay.LpAdamW`] that a `Trainer` steps.
+
+    [`LpDecayMixin`] adds it by itself.
+
+    Args:
+        lp_config (`LpDecayConfig` or `dict`): How the model is made sparse.
+        names (`list[str]`, *optional*): Names of the parameters that take part. Defaults to what `lp_config` selects
+            when training begins.
+    """
+
+    def __init__(self, lp_config: LpDecayConfig | dict[str, Any], names: list[str] | None = None):
+        self.lp_config = LpDecayConfig(**lp_config) if isinstance(lp_config, dict) else lp_config
+        self.names = names
+        self._params: dict[str, nn.Parameter] = {}
+        self._ramp: Ramp | None = None
+        self._controller: SparsityController | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the config, against which a resumed run is checked."""
+        return {"args": {"lp_config": asdict(self.lp_config)}, "attributes": {}}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs,
+    ):
+        self._check_same_config(state)
+        params = dict(model.named_parameters())
+        names = self.names
+        if names is None:
+            names = list(select_parameters(model, self.lp_config.target_modules, self.lp_config.exclude_modules))
+        self._params = {name: params[name] for name in names}
+        if self.lp_config.target_sparsity is not None:
+            self._ramp = Ramp.from_config(self.lp_config, state.max_steps, args.get_warmup_steps(state.max_steps))
+            self._controller = SparsityController(self.lp_config, self._params, optimizer, self._ramp)
+        if state.is_world_process_zero:
+            tqdm.write(self._summary(model))
+        if state.global_step == 0:
+            self._advance(0, optimizer, kwargs["lr_scheduler"])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
+    ):
+        # Before the step is logged, evaluated and saved, so that a checkpoint holds the plan that follows it.
+        self._advance(state.global_step, optimizer, kwargs["lr_scheduler"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self._ramp is not None and state.global_step < self._ramp.end and state.is_world_process_zero:
+            logger.warning_once(
+                f"Training stopped after step {state.global_step}, before the ramp's end at step {self._ramp.end}: the"
+                f" selected weights are {self.sparsity():.2%} zero, not {self._ramp.target:.2%}."
+            )
+
+    def metrics(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Numbers for the logs: `sparsity` of the selected weights, `lp_lambda` and `lp_phase` (0 dense, 1 decay,
+        2 settle).
+
+        Args:
+            step (`int`): Optimizer steps taken so far.
+            optimizer (`torch.optim.Optimizer`): The optimizer that is stepped.
+        """
+        if self._controller is None:
+            lp_lambda, phase = max(group["lp_lambda"] for group in optimizer.param_groups), DECAY
+        else:
+            lp_lambda, phase = self._controller.lp_lambda(), self._ramp.phase(step)
+        return {"sparsity": self.sparsity(), "lp_lambda": lp_lambda, "lp_phase": PHASE_NUMBERS[phase]}
+
+    @torch.no_grad()
+    def sparsity(self) -> float:
+        """Exact zeros in the selected weights, as a fraction of them."""
+        nonzeros = torch.stack([param.count_nonzero() for param in self._params.values()]).sum().item()
+        return 1.0 - nonzeros / sum(param.numel() for param in self._params.values())
+
+    def _advance(self, step: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        if self._controller is not None:
+            self._controller.after_step(step, _summed_lr(optimizer, scheduler))
+
+    def _check_same_config(self, state: TrainerState) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = saved["args"]["lp_config"] if isinstance(saved, dict) else {}
+        now = asdict(self.lp_config)
+        changed = [
+            f"{name}={saved[name]!r} (now {now[name]!r})" for name in now if saved.get(name, now[name]) != now[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"This checkpoint was trained with {', '.join(changed)}. Resume with the same LpDecayConfig, or start a"
+                " new run in another output_dir."
+            )
+
+    def _summary(self, model: nn.Module) -> str:
+        config, numel = self.lp_config, sum(param.numel() for param in self._params.values())
+        trained = [(name, param.numel()) for name, param in model.named_parameters() if param.requires_grad]
+        others = [name for name, _ in trained if name not in self._params]
+        total = sum(size for _, size in trained)
+        if self._ramp is None:
+            plan = f"lp_lambda={config.lp_lambda:g} throughout"
+        else:
+            plan = (
+                f"to {config.target_sparsity:.1%} zeros per {'layer' if config.scope == 'layer' else 'model'} from step"
+                f" {self._ramp.start} to {self._ramp.end}, importance={config.importance}, trim={config.trim}"
+            )
+        examples = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        return (
+            f"p-norm decay (p={config.p:g}) on {len(self._params)} of {len(trained)} trained tensors, {numel:,} of"
+            f" {total:,} weights ({numel / total:.1%}), {plan}; not on {len(others)} others"
+            + (f" ({examples})." if others else ".")
+        )
+
+
+def _summed_lr(optimizer: torch.optim.Optimizer, scheduler: Any) -> Callable[[int], list[float]]:
+    """The learning rate summed over the next steps, per group: exact where the scheduler is a function of the step."""
+
+    def summed(steps: int) -> list[float]:
+        if isinstance(scheduler, LambdaLR):
+            now = range(scheduler.last_epoch, scheduler.last_epoch + steps)
+            return [lr * sum(map(factor, now)) for lr, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+        return [float(group["lr"]) * steps for group in optimizer.param_groups]
+
+    return summed

