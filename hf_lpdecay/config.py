@@ -57,7 +57,8 @@ class LpDecayConfig:
     target_modules: list[str] | str = field(
         default="all-linear", metadata={"help": "Modules that take part: name suffixes, a regex, or 'all-linear'."}
     )
-    exclude_modules: list[str] | str | None = field(
+    # HfArgumentParser takes the type in front of None.
+    exclude_modules: list[str] | None | str = field(  # noqa: RUF036
         default=None, metadata={"help": "Modules that do not take part, spelt like target_modules."}
     )
     pattern: Literal["unstructured"] = field(

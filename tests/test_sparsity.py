@@ -59,7 +59,7 @@ def test_what_starts_at_zero_is_refused_by_name_and_left_out_of_all_linear():
         select_parameters(model, ["down_proj"])
     assert len(select_parameters(model)) == 13
     lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], r=2))
-    with pytest.raises(ValueError, match="lora_B.*all zero"):
+    with pytest.raises(ValueError, match=r"lora_B.*all zero"):
         select_parameters(lora, r".*lora_B.*")
     with pytest.raises(ValueError, match="requires_grad"):
         select_parameters(lora)
@@ -174,7 +174,7 @@ def test_equal_weights_are_cut_to_the_exact_count():
     model = tiny_llama()
     for param in select_parameters(model).values():
         param.data.fill_(0.25)
-    params, optimizer, controller = controlled(0.37, importance="magnitude", model=model)
+    params, _optimizer, controller = controlled(0.37, importance="magnitude", model=model)
     controller.after_step(controller.ramp.end, lambda steps: [0.0])
     assert zeros(params) == {name: round(0.37 * param.numel()) for name, param in params.items()}
 

@@ -28,20 +28,20 @@ from hf_lpdecay.training import last_whole_checkpoint
 
 
 def arguments(folder, cls=TrainingArguments, **overrides):
-    options = dict(
-        output_dir=str(folder),
-        max_steps=30,
-        per_device_train_batch_size=4,
-        learning_rate=2e-3,
-        warmup_steps=2,
-        lr_scheduler_type="cosine",
-        logging_steps=5,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=0,
-    )
+    options = {
+        "output_dir": str(folder),
+        "max_steps": 30,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-3,
+        "warmup_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
     return cls(**{**options, **overrides})
 
 

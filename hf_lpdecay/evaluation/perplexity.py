@@ -15,7 +15,7 @@ def perplexity(
     """Token-level perplexity over windows of equal length that are read independently of each other.
 
     In the model's own dtype, without autocast. The first token of a window has no context and is not predicted, so
-    with windows of ``n`` tokens this is the mean over ``n - 1`` predictions each, with 1 to ``n - 1`` tokens of context.
+    with windows of ``n`` tokens this is the mean over ``n - 1`` predictions each, of 1 to ``n - 1`` tokens of context.
 
     Args:
         model (`nn.Module`): A causal language model of Transformers, on any device.

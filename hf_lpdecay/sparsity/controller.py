@@ -188,9 +188,7 @@ class SparsityController:
         state = self.optimizer.state
         moments = {param: state[param]["exp_avg_sq"] for param in self.params.values() if "exp_avg_sq" in state[param]}
         if self.config.scope == "global":
-            unit = sum(moment.sum() for moment in moments.values()) / sum(
-                moment.numel() for moment in moments.values()
-            )
+            unit = sum(moment.sum() for moment in moments.values()) / sum(moment.numel() for moment in moments.values())
         for param, moment in moments.items():
             mean = moment.mean()
             if mean > 0:  # otherwise no gradient has come yet, and the magnitude is all that is known

@@ -12,9 +12,7 @@ class Accuracy(evaluate.Metric):
             description="Fraction of predictions that equal their reference.",
             citation="",
             inputs_description="predictions, references: one integer label per example.",
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
         )
 
     def _compute(self, predictions, references):

