@@ -4,6 +4,7 @@ accelerate launch recipes/finetune.py
 accelerate launch recipes/finetune.py --config recipes/configs/minilm/sst2.yaml --target_sparsity 0.9
 """
 
+import os
 import platform
 import sys
 import time
@@ -115,6 +116,9 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]):
     """Parse and check everything that can be checked without a model."""
     on_cpu = not torch.accelerator.is_available()
+    if on_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        # Without a configuration, `accelerate launch` allows a process on the CPU a single thread.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False) if on_cpu else torch.cuda.is_bf16_supported()
     (script, lp_config, args), given = parse_recipe(
         (ScriptArguments, LpDecayConfig, TrainingArguments),
