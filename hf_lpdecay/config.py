@@ -42,6 +42,13 @@ class LpDecayConfig:
         num_plans (`int`, *optional*, defaults to `20`): How often in the ramp the strength is planned anew.
         freeze_zeros (`bool`, *optional*, defaults to `False`): Keep every weight that is exactly zero at zero, from
             the start.
+        distill (`str`, *optional*): A dense teacher: `"self"` for the model as it was before the training, or the name
+            or path of another one with the same vocabulary. Held in bfloat16; costs its memory and a forward pass.
+        distill_weight (`float`, *optional*, defaults to `1.0`): The loss is the model's own plus this times the
+            distance from the teacher, ``>= 0``.
+        distill_temperature (`float`, *optional*, defaults to `1.0`): Of the softmax of both, ``> 0``.
+        distill_hidden (`float`, *optional*, defaults to `0.0`): Weight of the hidden states' distance (SquareHead,
+            arXiv 2310.06927) within the distance from the teacher, ``>= 0``.
 
     Raises:
         ValueError: If a value is out of range or two values contradict each other.
@@ -78,6 +85,11 @@ class LpDecayConfig:
     num_plans: int = field(default=20, metadata={"help": "How often in the ramp the strength is planned anew."})
     freeze_zeros: bool = field(default=False, metadata={"help": "Keep every exact zero at zero from the start."})
 
+    distill: str | None = field(default=None, metadata={"help": "A dense teacher: 'self', or a model's name or path."})
+    distill_weight: float = field(default=1.0, metadata={"help": "Weight of the distance from the teacher."})
+    distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the softmax in it."})
+    distill_hidden: float = field(default=0.0, metadata={"help": "Weight of the hidden states in it (SquareHead)."})
+
     def __post_init__(self):
         if not _is_number(self.p):
             raise ValueError(f"Invalid p: {self.p!r} - should be a finite number, such as 0.5.")
@@ -99,6 +111,11 @@ class LpDecayConfig:
             )
         if not isinstance(self.num_plans, int) or isinstance(self.num_plans, bool) or self.num_plans < 1:
             raise ValueError(f"Invalid num_plans: {self.num_plans!r} - should be a whole number >= 1.")
+        for name in ("distill_weight", "distill_temperature", "distill_hidden"):
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0 or (value == 0 and name == "distill_temperature"):
+                bound = "> 0" if name == "distill_temperature" else ">= 0"
+                raise ValueError(f"Invalid {name}: {value!r} - should be a finite number {bound}.")
         for name in ("target_modules", "exclude_modules"):
             self._normalize_modules(name)
         self._resolve_defaults()

@@ -33,7 +33,6 @@ from transformers import (
 
 from hf_lpdecay import LpDecayConfig, LpDecayTrainer, measure_sparsity
 from hf_lpdecay.evaluation import perplexity
-from hf_lpdecay.sparsity.plot import plot_run
 from hf_lpdecay.training import last_whole_checkpoint
 
 
@@ -90,7 +89,7 @@ def main(argv: list[str]) -> int:
         with PartialState().main_process_first():
             checkpoint = claim_folder(args.output_dir, given)
         trainer, evaluate_model = prepare(script, lp_config, args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # OSError: a file, a hub or a model that cannot be had
         print(f"finetune.py: error: {error}", file=sys.stderr)
         return 2
     before = evaluate_model(trainer.model, "before")
@@ -228,7 +227,7 @@ def write_report(script, lp_config, trainer, model, results: dict[str, dict[str,
         },
         log_history=trainer.state.log_history,
     )
-    plot_run(report, folder / "sparsity.png", trainer.state.log_history, title=script.model_name_or_path)
+    report.plot(folder / "sparsity.png", trainer.state.log_history, title=script.model_name_or_path)
     print(f"\n{report.table(by='module')}\n")
     for name, value in results["before"].items():
         unit = f" ({len(validation)} windows of {script.block_size} tokens)" if name == "perplexity" else ""

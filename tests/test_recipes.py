@@ -180,6 +180,22 @@ def test_classification_from_local_files(kind, language_model, tmp_path, capsys)
         assert "If the file has no header, name its columns" in capsys.readouterr().err
 
 
+def test_a_dataset_by_its_hub_id(command, tmp_path, texts, capsys):
+    """A folder is to `load_dataset` what an id of the hub is."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for split, dataset in zip(("train", "validation"), texts):
+        dataset.select(range(40)).add_column("id", range(40)).to_json(folder / f"{split}.jsonl")
+    files = {"--train_file", "--validation_file", str(tmp_path / "train.txt"), str(tmp_path / "validation.txt")}
+    command = [part for part in command if part not in files]
+    assert finetune.main([*command, "--dataset_name", str(folder)]) == 0
+    other = [*command, "--output_dir", str(tmp_path / "other"), "--dataset_name"]
+    assert finetune.main([*other, str(folder), "--validation_split", "test"]) == 2
+    assert "has no split 'test', only train, validation" in capsys.readouterr().err
+    assert finetune.main([*other, "nobody/nothing-at-all"]) == 2
+    assert "nobody/nothing-at-all" in capsys.readouterr().err
+
+
 WORDS = [("fine", 1), ("great", 1), ("dull", 0), ("awful", 0)]
 
 

@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 
 from hf_lpdecay import LpAdamW, LpDecayConfig, measure_sparsity
 from hf_lpdecay.sparsity import Ramp, SparsityController, match_parameters, select_parameters
-from hf_lpdecay.sparsity.plot import plot_run
 from hf_lpdecay.sparsity.quantiles import histogram, kth_smallest, lower_edge
 
 
@@ -253,7 +252,7 @@ def test_plot_is_a_picture_with_and_without_a_course(tmp_path):
         {"step": 5, "eval_loss": 1.0}
     ]
     for log_history in ([], history):
-        plot_run(measure_sparsity(tiny_gpt2()), tmp_path / "run.png", log_history, title="tiny")
+        measure_sparsity(tiny_gpt2()).plot(tmp_path / "run.png", log_history, title="tiny")
         assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["run.png"]
 

@@ -1,25 +1,21 @@
 """One picture of a run: sparsity per layer and module, and sparsity and loss over the steps."""
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from .report import SparsityReport
+
+if TYPE_CHECKING:
+    from .report import TensorSparsity
 
 
 def plot_run(
-    report: SparsityReport, path: str | os.PathLike, log_history: list[dict[str, Any]] = (), title: str = ""
+    tensors: Sequence["TensorSparsity"],
+    path: str | os.PathLike,
+    log_history: Sequence[dict[str, Any]] = (),
+    title: str = "",
 ) -> None:
-    """Draw a report and, if there is one, the course of the training into a PNG file.
-
-    Args:
-        report (`SparsityReport`): From [`measure_sparsity`].
-        path (`str` or `os.PathLike`): File to write, ending in `.png`.
-        log_history (`list[dict]`, *optional*): `trainer.state.log_history`.
-        title (`str`, *optional*): Above the picture.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
+    """See [`SparsityReport.plot`]."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -28,7 +24,7 @@ def plot_run(
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     steps = [entry for entry in log_history if "loss" in entry and "sparsity" in entry]
     axes = figure.subplots(2, 1, height_ratios=(3, 2)) if steps else [figure.subplots()]
-    _draw_tensors(figure, axes[0], report)
+    _draw_tensors(figure, axes[0], [tensor for tensor in tensors if tensor.selected])
     if steps:
         _draw_course(axes[1], steps)
     if title:
@@ -38,8 +34,7 @@ def plot_run(
     os.replace(temporary, path)
 
 
-def _draw_tensors(figure, axes, report: SparsityReport) -> None:
-    selected = [tensor for tensor in report.tensors if tensor.selected]
+def _draw_tensors(figure, axes, selected: list["TensorSparsity"]) -> None:
     modules = list(dict.fromkeys(tensor.module for tensor in selected))
     layers = sorted({tensor.layer for tensor in selected if tensor.layer is not None}) or [None]
     grid = [[float("nan")] * len(layers) for _ in modules]
@@ -51,10 +46,8 @@ def _draw_tensors(figure, axes, report: SparsityReport) -> None:
     axes.set_yticks(range(len(modules)), [".".join(parts) for parts in short])
     axes.set_xticks(range(len(layers)), ["-" if layer is None else str(layer) for layer in layers])
     axes.set_xlabel("layer")
-    axes.set_title(
-        f"exact zeros per layer and module ({report.sparsity:.1%} of the selected weights,"
-        f" {report.model_sparsity:.1%} of the whole model)"
-    )
+    zeros, numel = sum(tensor.zeros for tensor in selected), sum(tensor.numel for tensor in selected)
+    axes.set_title(f"exact zeros per layer and module: {zeros / numel:.1%} of the selected weights")
     figure.colorbar(image, ax=axes, label="sparsity")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -107,6 +108,21 @@ class SparsityReport:
             facts (`Any`): Further entries beside the report's own, such as perplexities.
         """
         write_text(path, json.dumps({**facts, **self.to_dict()}, indent=2) + "\n")
+
+    def plot(self, path: str | os.PathLike, log_history: Sequence[dict[str, Any]] = (), title: str = "") -> None:
+        """Draw the sparsity per layer and module and, if there is one, the course of the training into a PNG file.
+
+        Args:
+            path (`str` or `os.PathLike`): File to write, ending in `.png`.
+            log_history (`Sequence[dict]`, *optional*): `trainer.state.log_history`.
+            title (`str`, *optional*): Above the picture.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from .plot import plot_run  # matplotlib is an extra, and slow to import
+
+        plot_run(self.tensors, path, log_history, title)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from ..optim import LpAdamW
 from ..sparsity import Ramp, select_parameters
 from .callbacks import SparsityCallback
 from .checkpoints import last_whole_checkpoint
+from .distillation import Distiller
 
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -40,6 +41,9 @@ class LpDecayMixin:
         # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
         self._lp_names = list(select_parameters(self.model, lp_config.target_modules, lp_config.exclude_modules))
         self.add_callback(SparsityCallback(lp_config, self._lp_names))
+        # Made now as well: when a run is resumed, the model is no longer what it was when training began.
+        self._distiller = Distiller(lp_config, self.model) if lp_config.distill else None
+        self._losses = torch.zeros(3, device=self.args.device)  # the model's own, the distance, steps
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Make an [`~hf_lpdecay.LpAdamW`], grouped as the `Trainer` does and by whether the p-norm decay acts."""
@@ -65,12 +69,38 @@ class LpDecayMixin:
                 raise ValueError(f"No whole checkpoint in {self.args.output_dir} to resume from.")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The `Trainer`'s loss, in training plus the distance from the teacher if there is one."""
+        if self._distiller is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        if self.lp_config.distill_hidden:
+            inputs = {**inputs, "output_hidden_states": True}
+        # A copy, since the Trainer takes the labels out for some losses.
+        loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch=num_items_in_batch)
+        inputs.pop("output_hidden_states", None)
+        distance, count = self._distiller.loss(inputs, outputs)
+        # Scaled as the Trainer scales the loss over accumulated batches and devices.
+        steps = 1.0 / self.current_gradient_accumulation_steps
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            devices = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            distance, share = distance * devices / num_items_in_batch, 1.0
+        else:
+            distance, share = distance / count.clamp_min(1), steps
+        self._losses += torch.stack([loss.detach(), distance.detach(), torch.ones_like(loss)]) * loss.new_tensor(
+            [share, share, steps]
+        )
+        loss = loss + self.lp_config.distill_weight * distance
+        return (loss, outputs) if return_outputs else loss
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log, with the state of the decay beside the training loss."""
         if "loss" in logs:
             callbacks = self.callback_handler.callbacks
             callback = next(callback for callback in callbacks if isinstance(callback, SparsityCallback))
             logs.update(callback.metrics(self.state.global_step, self.optimizer))
+            if self._distiller is not None:
+                logs["loss_task"], logs["loss_distill"] = (self._losses[:2] / self._losses[2]).tolist()
+                self._losses = torch.zeros(3, device=self.args.device)
         super().log(logs, *args, **kwargs)
 
     def _check_can_decay(self) -> None:
