@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str], script_class: type = ScriptArguments, description: str = __doc__):
     """Parse and check everything that can be checked without a model."""
     on_cpu = not torch.accelerator.is_available()
     if on_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:
@@ -120,10 +120,10 @@ def parse(argv: list[str]):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False) if on_cpu else torch.cuda.is_bf16_supported()
     (script, lp_config, args), given = parse_recipe(
-        (ScriptArguments, LpDecayConfig, TrainingArguments),
+        (script_class, LpDecayConfig, TrainingArguments),
         argv,
         {"use_cpu": on_cpu, "bf16": bf16},
-        description=__doc__,
+        description=description,
     )
     check_files(script)
     return script, lp_config, args, given

@@ -8,7 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
+import stdlib_text
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -16,6 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -85,3 +88,44 @@ def token_rows(rows: int = 64, length: int = 16, seed: int = 0) -> list[dict[str
 def one_thread():
     """The models are too small for more, and results should not depend on the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def texts():
+    return stdlib_text.load_stdlib_text()
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory, texts):
+    """A folder with a tiny Llama and a tokenizer of 512 pieces."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts[0]["text"][:100], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    tiny_llama(vocab_size=512).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_files(tmp_path, texts):
+    train, validation = texts
+    (tmp_path / "train.txt").write_text("".join(train["text"][:60]))
+    (tmp_path / "validation.txt").write_text("".join(validation["text"][:10]))
+    return ["--train_file", str(tmp_path / "train.txt"), "--validation_file", str(tmp_path / "validation.txt")]
+
+
+@pytest.fixture
+def command(language_model, text_files, tmp_path):
+    """The default recipe, cut down to a second or two."""
+    return [
+        *("--model_name_or_path", str(language_model), *text_files, "--output_dir", str(tmp_path / "out")),
+        *("--block_size", "32", "--max_steps", "30", "--learning_rate", "2e-3", "--save_steps", "10"),
+        *("--max_eval_samples", "8", "--use_cpu", "true", "--bf16", "false"),
+    ]

@@ -118,20 +118,21 @@ class SparsityController:
                 each of the optimizer's groups.
         """
         if step == self.ramp.end:
-            self._cut()
+            self._finish()
             return
         following = self.ramp.next_plan(step)
         if following is not None:
-            self._plan(self.ramp.sparsity(following), summed_lr(following - step))
+            if self.config.importance == "adam":
+                self._update_importance()
+            self._plan(step, following, summed_lr(following - step))
 
     def lp_lambda(self) -> float:
         """The strength that is planned now, averaged over the selected weights."""
         state = self.optimizer.state
         return sum(state[p].get("lp_lambda", 0.0) * p.numel() for p in self.params.values()) / self._numel()
 
-    def _plan(self, sparsity: float, summed_lr: list[float]) -> None:
-        if self.config.importance == "adam":
-            self._update_importance()
+    def _plan(self, step: int, following: int, summed_lr: list[float]) -> None:
+        sparsity = self.ramp.sparsity(following)
         if self.config.scope == "global":
             counts = sum(histogram(self._size(param)) for param in self.params.values())
             threshold = lower_edge(counts, max(1, round(sparsity * self._numel())))
@@ -146,14 +147,23 @@ class SparsityController:
                 if self.config.trim:
                     state["lp_threshold"] = threshold
 
-    def _cut(self) -> None:
+    def cut(self, sparsity: float) -> None:
+        """Set exactly the smallest weights to zero, as many as `sparsity` says, and freeze all zeros.
+
+        Args:
+            sparsity (`float`): Fraction of each tensor, or of all of them together with `scope="global"`.
+        """
         params = list(self.params.values())
         for competitors in [params] if self.config.scope == "global" else [[param] for param in params]:
-            self._cut_smallest(competitors, round(self.ramp.target * sum(param.numel() for param in competitors)))
+            self._cut_smallest(competitors, round(sparsity * sum(param.numel() for param in competitors)))
         for group in self.optimizer.param_groups:
-            for param in self._selected(group):
-                for name in ("lp_lambda", "lp_threshold", "lp_row", "lp_col"):
-                    self.optimizer.state[param].pop(name, None)
+            group["freeze_zeros"] = group["freeze_zeros"] or bool(self._selected(group))
+
+    def _finish(self) -> None:
+        self.cut(self.ramp.target)
+        for param in self.params.values():
+            for name in ("lp_lambda", "lp_threshold", "lp_row", "lp_col"):
+                self.optimizer.state[param].pop(name, None)
 
     def _cut_smallest(self, params: list[Tensor], count: int) -> None:
         """Set exactly the `count` smallest weights to zero; among equals the first ones go."""

@@ -34,6 +34,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
             when training begins.
     """
 
+    controller_class = SparsityController
+
     def __init__(self, lp_config: LpDecayConfig | dict[str, Any], names: list[str] | None = None):
         self.lp_config = LpDecayConfig(**lp_config) if isinstance(lp_config, dict) else lp_config
         self.names = names
@@ -62,7 +64,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._params = {name: params[name] for name in names}
         if self.lp_config.target_sparsity is not None:
             self._ramp = Ramp.from_config(self.lp_config, state.max_steps, args.get_warmup_steps(state.max_steps))
-            self._controller = SparsityController(self.lp_config, self._params, optimizer, self._ramp)
+            self._controller = self.controller_class(self.lp_config, self._params, optimizer, self._ramp)
         if state.is_world_process_zero:
             tqdm.write(self._summary(model))
         if state.global_step == 0:

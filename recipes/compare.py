@@ -1,0 +1,136 @@
+"""Compare ways to a sparse model at one budget: same model, data, steps and seeds, one table.
+
+    accelerate launch recipes/compare.py --target_sparsity 0.7 --seeds 0 1 2
+    accelerate launch recipes/compare.py --methods dense gmp lp --config recipes/configs/minilm/sst2.yaml
+
+A checkpoint that was pruned elsewhere (Wanda, SparseGPT) gets the same budget with its zeros frozen:
+
+    accelerate launch recipes/compare.py --methods frozen --model_name_or_path path/to/pruned
+"""
+
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import finetune
+
+from hf_lpdecay import LpDecayConfig, SparsityCallback, measure_sparsity
+from hf_lpdecay.sparsity import SparsityController
+from hf_lpdecay.sparsity.report import write_text
+
+
+class HardCutController(SparsityController):
+    """Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878): cuts what is due at once instead of decaying it."""
+
+    def _plan(self, step: int, following: int, summed_lr: list[float]) -> None:
+        self.cut(self.ramp.sparsity(step))
+
+
+class GradualPruning(SparsityCallback):
+    """Drives a [`HardCutController`] in place of the decay."""
+
+    controller_class = HardCutController
+
+
+# What each method changes in the LpDecayConfig, and what drives it.
+METHODS = {
+    "dense": ({"target_sparsity": None, "lp_lambda": 0.0}, SparsityCallback),
+    "gmp": ({"importance": "magnitude"}, GradualPruning),
+    "gmp-adam": ({"importance": "adam"}, GradualPruning),
+    "lp-plain": ({"importance": "magnitude", "trim": False}, SparsityCallback),
+    "lp-trim": ({"importance": "magnitude", "trim": True}, SparsityCallback),
+    "lp": ({}, SparsityCallback),
+    "lp-distill": ({"distill": "self"}, SparsityCallback),
+    "gmp-adam-distill": ({"importance": "adam", "distill": "self"}, GradualPruning),
+    "frozen": ({"target_sparsity": None, "lp_lambda": 0.0, "freeze_zeros": True}, SparsityCallback),
+}
+
+
+@dataclass
+class CompareArguments(finetune.ScriptArguments):
+    """What is compared."""
+
+    methods: list[str] = field(
+        default_factory=lambda: ["dense", "gmp", "gmp-adam", "lp-plain", "lp-trim", "lp", "lp-distill"],
+        metadata={"help": f"Which of {', '.join(METHODS)}."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds to repeat everything with."})
+    results_file: str = field(default="outputs/compare.json", metadata={"help": "JSON file to write."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"Invalid method in methods: {method!r} - should be one of {', '.join(METHODS)}.")
+
+
+def main(argv: list[str]) -> int:
+    try:
+        script, lp_config, args, given = finetune.parse(argv, CompareArguments, __doc__)
+    except (ValueError, OSError) as error:
+        print(f"compare.py: error: {error}", file=sys.stderr)
+        return 2
+    args.save_strategy = "no"
+    runs = []
+    for seed in script.seeds:
+        for method in script.methods:
+            try:
+                runs.append({"method": method, "seed": seed, **run(script, lp_config, args, method, seed)})
+            except (ValueError, OSError) as error:
+                print(f"compare.py: error: {method}: {error}", file=sys.stderr)
+                return 2
+            print(json.dumps(runs[-1]), flush=True)
+            # Written after every run, so that nothing is lost.
+            Path(script.results_file).parent.mkdir(parents=True, exist_ok=True)
+            write_text(script.results_file, json.dumps({"options": given, "runs": runs}, indent=2) + "\n")
+    print(f"\n{table(runs)}\n\nwritten to {script.results_file}")
+    return 0
+
+
+def run(script, lp_config: LpDecayConfig, args, method: str, seed: int) -> dict[str, float]:
+    """Train with one method and seed, and evaluate in float32."""
+    changes, callback_class = METHODS[method]
+    # What follows from the target is resolved anew.
+    options = {**dataclasses.asdict(lp_config), "importance": None, "trim": None, **changes}
+    config = LpDecayConfig(**options)
+    args.seed = seed
+    trainer, evaluate_model = finetune.prepare(script, config, args)
+    if callback_class is not SparsityCallback:
+        callback = trainer.pop_callback(SparsityCallback)
+        trainer.add_callback(callback_class(config, callback.names))
+    before = evaluate_model(trainer.model, "before")
+    started = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - started
+    # Without the autocast that the Trainer wrapped around the model's forward.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    after = evaluate_model(model, "after")
+    sparsity = measure_sparsity(model, config.target_modules, config.exclude_modules).sparsity
+    ((metric, value),) = after.items()
+    del trainer, model
+    gc.collect()
+    return {metric: value, "before": before[metric], "sparsity": sparsity, "seconds": round(seconds, 1)}
+
+
+def table(runs: list[dict]) -> str:
+    """One row per method: mean over the seeds, smallest and largest."""
+    metric = next(name for name in runs[0] if name in ("perplexity", "accuracy"))
+    lines = [f"| method | sparsity | {metric} | smallest - largest | seeds | seconds |", "| --- " * 6 + "|"]
+    for method in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == method]
+        values = [run[metric] for run in own]
+        lines.append(
+            f"| {method} | {statistics.mean(run['sparsity'] for run in own):.2%} | {statistics.mean(values):.4g} |"
+            f" {min(values):.4g} - {max(values):.4g} | {len(own)} |"
+            f" {statistics.mean(run['seconds'] for run in own):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,63 @@
+"""The comparison recipe, on a tiny model."""
+
+import json
+
+import compare
+import pytest
+import torch
+from conftest import tiny_llama
+from transformers import AutoModelForCausalLM
+
+from hf_lpdecay import LpAdamW, LpDecayConfig
+from hf_lpdecay.sparsity import Ramp, select_parameters
+
+
+def test_methods_side_by_side(command, tmp_path, capsys, language_model):
+    methods = ["dense", "gmp", "gmp-adam", "lp-plain", "lp", "lp-distill"]
+    flags = ["--methods", *methods, "--seeds", "0", "1", "--results_file", str(tmp_path / "results.json")]
+    assert compare.main([*command, *flags]) == 0
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [(run["seed"], run["method"]) for run in runs] == [(seed, method) for seed in (0, 1) for method in methods]
+    for run in runs:
+        assert run["sparsity"] == (0.0 if run["method"] == "dense" else 0.5)
+        assert run["perplexity"] < run["before"] and run["before"] == runs[0]["before"]
+    assert len({run["perplexity"] for run in runs}) == len(runs)  # neither methods nor seeds are the same run twice
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(methods) and rows[2].startswith("| dense | 0.00% |")
+
+
+def test_a_pruned_checkpoint_is_continued_with_its_zeros_frozen(command, tmp_path, language_model):
+    model = AutoModelForCausalLM.from_pretrained(language_model)
+    for param in select_parameters(model).values():
+        param.data[:, : param.shape[1] // 4] = 0.0
+    model.save_pretrained(tmp_path / "pruned")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "pruned" / name).write_bytes((language_model / name).read_bytes())
+    flags = ["--methods", "frozen", "--model_name_or_path", str(tmp_path / "pruned")]
+    assert compare.main([*command, *flags, "--results_file", str(tmp_path / "results.json")]) == 0
+    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert run["sparsity"] == 0.25 and run["perplexity"] < run["before"]
+
+
+def test_gradual_pruning_follows_the_cubic_schedule_exactly():
+    model = tiny_llama()
+    config = LpDecayConfig(p=0.5, target_sparsity=0.8, importance="magnitude")
+    params = select_parameters(model)
+    optimizer = LpAdamW([{"params": list(params.values())}], lr=1e-3, p=0.5)
+    controller = compare.HardCutController(config, params, optimizer, Ramp.from_config(config, 100))
+    for step in range(1, 101):
+        for param in params.values():
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        controller.after_step(step, lambda steps: [1e-3 * steps])
+        due = controller.ramp.sparsity(step)
+        if step == controller.ramp.end or controller.ramp.next_plan(step) is not None:
+            for param in params.values():
+                assert param.numel() - param.count_nonzero() == round(due * param.numel())
+
+
+def test_an_unknown_method_is_refused(capsys):
+    assert compare.main(["--methods", "magic"]) == 2
+    assert "'magic' - should be one of dense, gmp" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.main(["--help"])
