@@ -288,3 +288,18 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary_and_bad_windows_are_ref
     for windows in ([], [[1]], [[1, 2], [1, 2, 3]]):
         with pytest.raises(ValueError, match="windows of lengths"):
             perplexity(model, windows)
+
+
+def test_two_processes_train_the_model_that_one_trains_on_the_same_batches(command, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--per_device_train_batch_size", "4", "--output_dir"]
+    one = [sys.executable, RECIPES / "finetune.py", *command, *flags, tmp_path / "one"]
+    two = [*launch, RECIPES / "finetune.py", *command, *flags, tmp_path / "two"]
+    two[two.index("--per_device_train_batch_size", two.index("--max_steps")) + 1] = "2"
+    for run in (one, two):
+        subprocess.run(run, check=True, capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    facts = [json.loads((tmp_path / name / "sparsity.json").read_text()) for name in ("one", "two")]
+    assert facts[0]["sparsity"] == facts[1]["sparsity"] == 0.5
+    assert facts[0]["training"]["batch_size"] == facts[1]["training"]["batch_size"] == 4
+    perplexities = [fact["results"]["after"]["perplexity"] for fact in facts]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-2)
