@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal
 
+from .sparsity.patterns import SemiStructured, parse_pattern
+
 
 @dataclass
 class LpDecayConfig:
@@ -28,7 +30,10 @@ class LpDecayConfig:
             spells it: a list of name suffixes, a string that is a regular expression for the whole name, or
             `"all-linear"`: every linear layer but the output head. Embeddings, norms and biases never take part.
         exclude_modules (`list[str]` or `str`, *optional*): Which of them do not, spelt alike.
-        pattern (`str`, *optional*, defaults to `"unstructured"`): Who competes with whom for being zero.
+        pattern (`str`, *optional*, defaults to `"unstructured"`): Who competes with whom for being zero: every weight
+            for itself; `"n:m"`, such as `"2:4"`: n of any m consecutive weights along the input features survive, which
+            says the target as well; `"block:RxC"`: tiles of R output and C input features are zero as one. The latter
+            two need a target.
         scope (`str`, *optional*, defaults to `"layer"`): `"layer"` makes every tensor equally sparse, `"global"` ranks
             all weights together. Only matters with a target.
         importance (`str`, *optional*): What "small" means. `"magnitude"` is ``|w|``; `"adam"` is ``|w|`` times the
@@ -68,8 +73,9 @@ class LpDecayConfig:
     exclude_modules: list[str] | None | str = field(  # noqa: RUF036
         default=None, metadata={"help": "Modules that do not take part, spelt like target_modules."}
     )
-    pattern: Literal["unstructured"] = field(
-        default="unstructured", metadata={"help": "Who competes with whom for being zero."}
+    pattern: str = field(
+        default="unstructured",
+        metadata={"help": "Who competes with whom for being zero: 'unstructured', 'n:m' or 'block:RxC'."},
     )
     scope: Literal["layer", "global"] = field(
         default="layer", metadata={"help": "Whether each tensor or all of them together meet the target."}
@@ -93,9 +99,9 @@ class LpDecayConfig:
     def __post_init__(self):
         if not _is_number(self.p):
             raise ValueError(f"Invalid p: {self.p!r} - should be a finite number, such as 0.5.")
+        self._check_pattern()
         self._check_target_or_lambda()
         for name, choices in (
-            ("pattern", ("unstructured",)),
             ("scope", ("layer", "global")),
             ("importance", ("adam", "magnitude", None)),
         ):
@@ -119,6 +125,19 @@ class LpDecayConfig:
         for name in ("target_modules", "exclude_modules"):
             self._normalize_modules(name)
         self._resolve_defaults()
+
+    def _check_pattern(self):
+        pattern = parse_pattern(self.pattern)
+        if isinstance(pattern, SemiStructured):
+            if self.target_sparsity is None and self.lp_lambda is None:
+                self.target_sparsity = pattern.sparsity
+            if self.target_sparsity is not None and self.target_sparsity != pattern.sparsity:
+                raise ValueError(
+                    f"pattern={self.pattern!r} leads to a sparsity of {pattern.sparsity}, but"
+                    f" target_sparsity={self.target_sparsity}: leave the target out, or take another pattern."
+                )
+        if pattern.spec is not None and self.lp_lambda is not None:
+            raise ValueError(f"pattern={self.pattern!r} needs a target_sparsity instead of lp_lambda={self.lp_lambda}.")
 
     def _check_target_or_lambda(self):
         target, lp_lambda = self.target_sparsity, self.lp_lambda

@@ -151,7 +151,14 @@ def test_the_plain_method_runs_at_constant_lambda(tmp_path):
     assert all(t.zeros == 0 for t in measure_sparsity(trainer.model).tensors if not t.selected)
 
 
-@pytest.mark.parametrize("config", [TARGET, LpDecayConfig(p=0.5, target_sparsity=0.6, scope="global", trim=False)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TARGET,
+        LpDecayConfig(p=0.5, target_sparsity=0.6, scope="global", trim=False),
+        LpDecayConfig(p=0.5, pattern="2:4"),
+    ],
+)
 def test_a_run_resumed_at_any_checkpoint_ends_in_the_same_bits(tmp_path, config):
     options = {"save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
     whole = trainer_for(tmp_path / "whole", config, **options)
@@ -295,6 +302,7 @@ class CountingRows(Dataset):
         (TARGET, {"max_steps": 30, "warmup_steps": 15}, "warm up for fewer"),
         (TARGET, {"optim": "adafactor"}, "optim='adafactor' has no p-norm decay"),
         (LpDecayConfig(lp_lambda=1.0, target_modules=["nope"]), {}, "matches no linear layer"),
+        (LpDecayConfig(pattern="1:3"), {}, "q_proj.weight has 32 input features, not a multiple of 3"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(tmp_path, config, overrides, message):

@@ -28,7 +28,9 @@ class LpAdamW(torch.optim.Optimizer):
 
     Parameters without a gradient are left alone. Every hyperparameter lives in `param_groups`. A parameter may carry
     a plan of its own in its state, which [`~hf_lpdecay.sparsity.SparsityController`] writes: ``lp_lambda`` (in place
-    of the group's), ``lp_threshold`` (weights not below it are exempt), ``lp_row`` and ``lp_col`` (importance).
+    of the group's), ``lp_threshold`` (weights not below it are exempt), ``lp_row`` and ``lp_col`` (importance),
+    ``lp_pattern`` with ``lp_dim`` and ``lp_rows`` (who competes with whom, along which dimension, and how many rows
+    must be seen together).
 
     bfloat16 and float16 weights are updated in float32 (moments are kept in float32 too) and written back with
     stochastic rounding, without which most of the decay would be lost.
@@ -140,6 +142,8 @@ class LpAdamW(torch.optim.Optimizer):
             "lp_lambda": lp_lambda,
             "freeze_zeros": group["freeze_zeros"],
             "threshold": state.get("lp_threshold"),
+            "pattern": state.get("lp_pattern"),
+            "dim": state.get("lp_dim", 1),
             "fused": fused and contiguous,  # the fused kernel reads memory in a row, whatever the strides
         }
         if param.dtype in _LOW_PRECISION:
@@ -197,13 +201,14 @@ def _chunks(tensors: tuple[Tensor, ...], state: dict[str, Any], contiguous: bool
     """Split equally shaped tensors into pieces of about `CHUNK` elements, with the importance factors of each piece."""
     row, col = state.get("lp_row"), state.get("lp_col")
     shape = tensors[0].shape
-    if contiguous and row is None:
+    if contiguous and row is None and "lp_pattern" not in state:
         for pieces in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors)):
             yield pieces, None, None
     elif len(shape) < 2:
         yield tensors, row, col
-    else:  # whole rows, so that the factors of the columns fit each piece
-        rows = max(1, CHUNK // (tensors[0].numel() // shape[0] or 1))
+    else:  # whole rows, so that the factors of the columns and the groups of a pattern fit each piece
+        unit = state.get("lp_rows", 1)
+        rows = max(1, CHUNK // (tensors[0].numel() // shape[0] or 1) // unit) * unit
         factors = [None] * -(-shape[0] // rows) if row is None else row.split(rows)
         for *pieces, factor in zip(*(tensor.split(rows) for tensor in tensors), factors):
             yield pieces, factor, col

@@ -39,6 +39,37 @@ def decay_denominator_(r: Tensor, lr: float, lp_lambda: float, p: float) -> Tens
     return r.log2_().mul_(p - 2).add_(log2_strength).exp2_().add_(1.0)
 
 
+def structured_size(r: Tensor, pattern: str, dim: int = 1) -> Tensor:
+    """What "small" means for weights that become zero in a pattern.
+
+    Args:
+        r (`torch.Tensor`): Size of each weight, ``>= 0``, shape (out, in), or (in, out) with `dim=0`.
+        pattern (`str`): `"n:m"` keeps at least n of any m consecutive weights along the input features: the n largest
+            of each group of m are out of reach, their size is infinite. Among equals the first are the smaller ones.
+            `"block:RxC"` makes tiles of R output and C input features zero as one: each weight's size is the root
+            mean square of its tile.
+        dim (`int`, *optional*, defaults to 1): The dimension of the input features.
+
+    Returns:
+        `torch.Tensor`: A new tensor, shaped like `r`.
+    """
+    by_output = r if dim == 1 else r.t()
+    if pattern.startswith("block:"):
+        rows, cols = map(int, pattern.removeprefix("block:").split("x"))
+        tiles = by_output.unflatten(1, (-1, cols)).unflatten(0, (-1, rows))
+        size = tiles.square().mean((1, 3), keepdim=True).sqrt_().expand(tiles.shape).reshape(by_output.shape)
+    else:
+        keep, group = map(int, pattern.split(":"))
+        groups = by_output.unflatten(1, (-1, group))
+        rank = torch.zeros(groups.shape, dtype=torch.int8, device=r.device)
+        position = torch.arange(group, device=r.device)
+        for other in range(group):
+            rival = groups[..., other : other + 1]
+            rank += (rival < groups) | ((rival == groups) & (other < position))
+        size = groups.masked_fill(rank >= group - keep, math.inf).view(by_output.shape)
+    return size if dim == 1 else size.t()
+
+
 def lp_adamw_(
     param: Tensor,
     grad: Tensor,
@@ -56,6 +87,8 @@ def lp_adamw_(
     threshold: float | None = None,
     row: Tensor | None = None,
     col: Tensor | None = None,
+    pattern: str | None = None,
+    dim: int = 1,
     fused: bool = False,
 ) -> None:
     """One AdamW step with p-norm decay, in place: sticky zero, AdamW, size, trim test, decay.
@@ -72,10 +105,13 @@ def lp_adamw_(
         freeze_zeros (`bool`): Keep every exact zero at zero, whatever the decay does.
         threshold (`float`, *optional*): Trim: weights with ``r >= threshold`` are exempt from the decay.
         row, col (`torch.Tensor`, *optional*): Importance factors that broadcast over `param`, ``r = |w| * row * col``.
+        pattern (`str`, *optional*): Who competes with whom, see [`structured_size`].
+        dim (`int`, *optional*, defaults to 1): The dimension of the input features.
         fused (`bool`, *optional*, defaults to `False`): Use torch's fused AdamW kernel.
     """
     decays = lr > 0 and lp_lambda > 0
-    absorbs = decays and p < 2 and threshold != 0  # the decay itself then keeps zeros at zero
+    # The decay itself then keeps zeros at zero.
+    absorbs = decays and p < 2 and threshold != 0 and pattern is None
     r = param.abs() if decays or freeze_zeros else None
     zero = r == 0 if freeze_zeros and not absorbs else None
     adamw(
@@ -98,6 +134,8 @@ def lp_adamw_(
     if decays:
         if row is not None:
             r.mul_(row).mul_(col)
+        if pattern is not None:
+            r = structured_size(r, pattern, dim)
         exempt = r >= threshold if threshold is not None else None
         denominator = decay_denominator_(r, lr, lp_lambda, p)
         if exempt is not None:

@@ -1,15 +1,18 @@
 """What is sparse, and what should be: selection, the plan of a run, measurement."""
 
 from .controller import Ramp, SparsityController
+from .patterns import parse_pattern
 from .report import SparsityReport, measure_sparsity
-from .selection import match_parameters, select_parameters
+from .selection import input_dims, match_parameters, select_parameters
 
 
 __all__ = [
     "Ramp",
     "SparsityController",
     "SparsityReport",
+    "input_dims",
     "match_parameters",
     "measure_sparsity",
+    "parse_pattern",
     "select_parameters",
 ]

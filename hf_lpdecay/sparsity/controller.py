@@ -2,18 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..config import LpDecayConfig
+from ..optim.functional import structured_size
+from .patterns import parse_pattern
 from .quantiles import histogram, kth_smallest, lower_edge
+
+
+if TYPE_CHECKING:  # it checks its pattern with this room
+    from ..config import LpDecayConfig
 
 
 DENSE, DECAY, SETTLE = "dense", "decay", "settle"
 MIN_RAMP_STEPS = 10
 # AdamW's second moment says little before it has seen a few gradients.
 _MIN_ADAM_STEPS = 5
+_PLAN = ("lp_lambda", "lp_threshold", "lp_row", "lp_col", "lp_pattern", "lp_dim", "lp_rows")
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Ramp:
     target: float
 
     @classmethod
-    def from_config(cls, config: LpDecayConfig, total_steps: int, warmup_steps: int = 0) -> "Ramp":
+    def from_config(cls, config: "LpDecayConfig", total_steps: int, warmup_steps: int = 0) -> "Ramp":
         """Place the ramp of `config` in a run.
 
         Args:
@@ -93,19 +100,29 @@ class SparsityController:
         params (`dict[str, torch.Tensor]`): The selected parameters by name.
         optimizer (`LpAdamW`): Holds them, in groups that hold nothing else.
         ramp (`Ramp`): The schedule.
+        input_dims (`dict[str, int]`, *optional*): For each parameter the dimension of the input features, if it is
+            not 1 (as in GPT-2's `Conv1D`).
+
+    Raises:
+        ValueError: If a parameter's shape does not fit the pattern.
     """
 
     def __init__(
         self,
-        config: LpDecayConfig,
+        config: "LpDecayConfig",
         params: dict[str, Tensor],
         optimizer: torch.optim.Optimizer,
         ramp: Ramp,
+        input_dims: dict[str, int] | None = None,
     ):
         self.config = config
         self.params = params
         self.optimizer = optimizer
         self.ramp = ramp
+        self.pattern = parse_pattern(config.pattern)
+        self._dims = {param: (input_dims or {}).get(name, 1) for name, param in params.items()}
+        for name, param in params.items():
+            self.pattern.check(name, param, self._dims[param])
         self._ids = {id(param) for param in params.values()}
 
     @torch.no_grad()
@@ -135,14 +152,18 @@ class SparsityController:
         sparsity = self.ramp.sparsity(following)
         if self.config.scope == "global":
             counts = sum(histogram(self._size(param)) for param in self.params.values())
-            threshold = lower_edge(counts, max(1, round(sparsity * self._numel())))
+            threshold = lower_edge(counts, max(1, self.pattern.count(sparsity, self._numel())))
         power = 2.0 - self.config.p
         for group, lr in zip(self.optimizer.param_groups, summed_lr):
             group["freeze_zeros"] = group["freeze_zeros"] or bool(self._selected(group))
             for param in self._selected(group):
                 if self.config.scope == "layer":
-                    threshold = lower_edge(histogram(self._size(param)), max(1, round(sparsity * param.numel())))
+                    due = max(1, self.pattern.count(sparsity, param.numel()))
+                    threshold = lower_edge(histogram(self._size(param)), due)
                 state = self.optimizer.state[param]
+                if self.pattern.spec is not None:
+                    dim = self._dims[param]
+                    state.update(lp_pattern=self.pattern.spec, lp_dim=dim, lp_rows=self.pattern.rows(dim))
                 state["lp_lambda"] = threshold**power / (power * lr) if lr > 0 else 0.0
                 if self.config.trim:
                     state["lp_threshold"] = threshold
@@ -155,14 +176,14 @@ class SparsityController:
         """
         params = list(self.params.values())
         for competitors in [params] if self.config.scope == "global" else [[param] for param in params]:
-            self._cut_smallest(competitors, round(sparsity * sum(param.numel() for param in competitors)))
+            self._cut_smallest(competitors, self.pattern.count(sparsity, sum(p.numel() for p in competitors)))
         for group in self.optimizer.param_groups:
             group["freeze_zeros"] = group["freeze_zeros"] or bool(self._selected(group))
 
     def _finish(self) -> None:
         self.cut(self.ramp.target)
         for param in self.params.values():
-            for name in ("lp_lambda", "lp_threshold", "lp_row", "lp_col"):
+            for name in _PLAN:
                 self.optimizer.state[param].pop(name, None)
 
     def _cut_smallest(self, params: list[Tensor], count: int) -> None:
@@ -172,7 +193,7 @@ class SparsityController:
         threshold, below = kth_smallest(lambda: (self._size(param) for param in params), count)
         spare = count - below
         for param in params:
-            size = self._size(param).to(torch.float32)
+            size = self._size(param).to(torch.float32).contiguous()
             gone = size < threshold
             equal = (size == threshold).view(-1).nonzero().view(-1)[:spare]
             spare -= len(equal)
@@ -185,7 +206,7 @@ class SparsityController:
         size = param.detach().abs()
         if "lp_row" in state:
             size.mul_(state["lp_row"]).mul_(state["lp_col"])
-        return size
+        return size if self.pattern.spec is None else structured_size(size, self.pattern.spec, self._dims[param])
 
     def _update_importance(self) -> None:
         """Factor AdamW's second moment, the expected squared gradient, into rows and columns.

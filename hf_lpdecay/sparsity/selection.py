@@ -93,6 +93,20 @@ def select_parameters(
     return {name: param for name, param in trained.items() if name not in zero}
 
 
+def input_dims(model: nn.Module) -> dict[str, int]:
+    """The dimension of the input features in the weight of each linear layer: 1, or 0 in GPT-2's `Conv1D`.
+
+    Args:
+        model (`nn.Module`): Any model.
+
+    Returns:
+        `dict[str, int]`: By the name of the weight.
+    """
+    names = {id(param): name for name, param in model.named_parameters()}
+    linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    return {names[id(module.weight)]: 0 if isinstance(module, Conv1D) else 1 for module in linears}
+
+
 def _matches(patterns: Modules, name: str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None

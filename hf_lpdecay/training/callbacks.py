@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..config import LpDecayConfig
-from ..sparsity import Ramp, SparsityController, select_parameters
+from ..sparsity import Ramp, SparsityController, input_dims, select_parameters
 from ..sparsity.controller import DECAY, DENSE, SETTLE
 
 
@@ -64,7 +64,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._params = {name: params[name] for name in names}
         if self.lp_config.target_sparsity is not None:
             self._ramp = Ramp.from_config(self.lp_config, state.max_steps, args.get_warmup_steps(state.max_steps))
-            self._controller = self.controller_class(self.lp_config, self._params, optimizer, self._ramp)
+            self._controller = self.controller_class(
+                self.lp_config, self._params, optimizer, self._ramp, input_dims(model)
+            )
         if state.is_world_process_zero:
             tqdm.write(self._summary(model))
         if state.global_step == 0:
@@ -128,9 +130,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if self._ramp is None:
             plan = f"lp_lambda={config.lp_lambda:g} throughout"
         else:
+            whole = "layer" if config.scope == "layer" else "model"
             plan = (
-                f"to {config.target_sparsity:.1%} zeros per {'layer' if config.scope == 'layer' else 'model'} from step"
-                f" {self._ramp.start} to {self._ramp.end}, importance={config.importance}, trim={config.trim}"
+                f"to {config.target_sparsity:.1%} zeros ({config.pattern}) per {whole} from step {self._ramp.start} to"
+                f" {self._ramp.end}, importance={config.importance}, trim={config.trim}"
             )
         examples = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         return (

@@ -9,7 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from ..config import LpDecayConfig
 from ..optim import LpAdamW
-from ..sparsity import Ramp, select_parameters
+from ..sparsity import Ramp, input_dims, parse_pattern, select_parameters
 from .callbacks import SparsityCallback
 from .checkpoints import last_whole_checkpoint
 from .distillation import Distiller
@@ -39,7 +39,11 @@ class LpDecayMixin:
         self.lp_config = lp_config
         self._check_can_decay()
         # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
-        self._lp_names = list(select_parameters(self.model, lp_config.target_modules, lp_config.exclude_modules))
+        selected = select_parameters(self.model, lp_config.target_modules, lp_config.exclude_modules)
+        dims, pattern = input_dims(self.model), parse_pattern(lp_config.pattern)
+        for name, param in selected.items():
+            pattern.check(name, param, dims[name])
+        self._lp_names = list(selected)
         self.add_callback(SparsityCallback(lp_config, self._lp_names))
         # Made now as well: when a run is resumed, the model is no longer what it was when training began.
         self._distiller = Distiller(lp_config, self.model) if lp_config.distill else None
