@@ -29,8 +29,8 @@ class LpAdamW(torch.optim.Optimizer):
     Parameters without a gradient are left alone. Every hyperparameter lives in `param_groups`. A parameter may carry
     a plan of its own in its state, which [`~hf_lpdecay.sparsity.SparsityController`] writes: ``lp_lambda`` (in place
     of the group's), ``lp_threshold`` (weights not below it are exempt), ``lp_row`` and ``lp_col`` (importance),
-    ``lp_pattern`` with ``lp_dim`` and ``lp_rows`` (who competes with whom, along which dimension, and how many rows
-    must be seen together).
+    and for the pattern, if its group has a ``pattern``, ``lp_dim`` (the dimension of the input features) and
+    ``lp_rows`` (how many rows must be seen together).
 
     bfloat16 and float16 weights are updated in float32 (moments are kept in float32 too) and written back with
     stochastic rounding, without which most of the decay would be lost.
@@ -131,6 +131,7 @@ class LpAdamW(torch.optim.Optimizer):
 
         lr = float(group["lr"])
         lp_lambda = state.get("lp_lambda", group["lp_lambda"])
+        pattern = group.get("pattern")
         tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
         contiguous = all(tensor.is_contiguous() for tensor in tensors)
         hyperparameters = {
@@ -142,13 +143,13 @@ class LpAdamW(torch.optim.Optimizer):
             "lp_lambda": lp_lambda,
             "freeze_zeros": group["freeze_zeros"],
             "threshold": state.get("lp_threshold"),
-            "pattern": state.get("lp_pattern"),
+            "pattern": pattern,
             "dim": state.get("lp_dim", 1),
             "fused": fused and contiguous,  # the fused kernel reads memory in a row, whatever the strides
         }
         if param.dtype in _LOW_PRECISION:
             rounding = group["stochastic_rounding"] is not False
-            for pieces, row, col in _chunks(tensors, state, contiguous):
+            for pieces, row, col in _chunks(tensors, state, contiguous and pattern is None):
                 weight = pieces[0].float()
                 lp_adamw_(
                     weight, pieces[1].float(), *pieces[2:], state["step"].clone(), row=row, col=col, **hyperparameters
@@ -156,7 +157,7 @@ class LpAdamW(torch.optim.Optimizer):
                 pieces[0].copy_(stochastic_round(weight, param.dtype) if rounding else weight)
             state["step"] += 1
         elif (lr > 0 and lp_lambda > 0) or group["freeze_zeros"]:
-            for pieces, row, col in _chunks(tensors, state, contiguous):
+            for pieces, row, col in _chunks(tensors, state, contiguous and pattern is None):
                 lp_adamw_(*pieces, state["step"].clone(), row=row, col=col, **hyperparameters)
             state["step"] += 1
         else:  # nothing but AdamW, which needs no scratch
@@ -197,11 +198,11 @@ class LpAdamW(torch.optim.Optimizer):
                         self.state[param][name] = value.detach().to(param.device, torch.float32, copy=True)
 
 
-def _chunks(tensors: tuple[Tensor, ...], state: dict[str, Any], contiguous: bool):
+def _chunks(tensors: tuple[Tensor, ...], state: dict[str, Any], flat: bool):
     """Split equally shaped tensors into pieces of about `CHUNK` elements, with the importance factors of each piece."""
     row, col = state.get("lp_row"), state.get("lp_col")
     shape = tensors[0].shape
-    if contiguous and row is None and "lp_pattern" not in state:
+    if flat and row is None:
         for pieces in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors)):
             yield pieces, None, None
     elif len(shape) < 2:

@@ -20,7 +20,7 @@ DENSE, DECAY, SETTLE = "dense", "decay", "settle"
 MIN_RAMP_STEPS = 10
 # AdamW's second moment says little before it has seen a few gradients.
 _MIN_ADAM_STEPS = 5
-_PLAN = ("lp_lambda", "lp_threshold", "lp_row", "lp_col", "lp_pattern", "lp_dim", "lp_rows")
+_PLAN = ("lp_lambda", "lp_threshold", "lp_row", "lp_col", "lp_dim", "lp_rows")
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,9 @@ class SparsityController:
                     threshold = lower_edge(histogram(self._size(param)), due)
                 state = self.optimizer.state[param]
                 if self.pattern.spec is not None:
-                    dim = self._dims[param]
-                    state.update(lp_pattern=self.pattern.spec, lp_dim=dim, lp_rows=self.pattern.rows(dim))
+                    group["pattern"] = self.pattern.spec
+                    state["lp_dim"] = self._dims[param]
+                    state["lp_rows"] = self.pattern.rows(self._dims[param])
                 state["lp_lambda"] = threshold**power / (power * lr) if lr > 0 else 0.0
                 if self.config.trim:
                     state["lp_threshold"] = threshold
@@ -182,6 +183,8 @@ class SparsityController:
 
     def _finish(self) -> None:
         self.cut(self.ramp.target)
+        for group in self.optimizer.param_groups:
+            group.pop("pattern", None)
         for param in self.params.values():
             for name in _PLAN:
                 self.optimizer.state[param].pop(name, None)
