@@ -60,13 +60,15 @@ def structured_size(r: Tensor, pattern: str, dim: int = 1) -> Tensor:
         size = tiles.square().mean((1, 3), keepdim=True).sqrt_().expand(tiles.shape).reshape(by_output.shape)
     else:
         keep, group = map(int, pattern.split(":"))
-        groups = by_output.unflatten(1, (-1, group))
-        rank = torch.zeros(groups.shape, dtype=torch.int8, device=r.device)
-        position = torch.arange(group, device=r.device)
-        for other in range(group):
-            rival = groups[..., other : other + 1]
-            rank += (rival < groups) | ((rival == groups) & (other < position))
-        size = groups.masked_fill(rank >= group - keep, math.inf).view(by_output.shape)
+        # One plane per place in the group, so that each comparison runs over memory in a row.
+        planes = by_output.unflatten(1, (-1, group)).permute(2, 0, 1).contiguous()
+        rank = torch.zeros(planes.shape, dtype=torch.int8, device=r.device)
+        for first in range(group):
+            for second in range(first + 1, group):
+                smaller = (planes[second] < planes[first]).view(torch.int8)
+                rank[first] += smaller
+                rank[second] += 1 - smaller
+        size = planes.masked_fill_(rank >= group - keep, math.inf).permute(1, 2, 0).reshape(by_output.shape)
     return size if dim == 1 else size.t()
 
 
