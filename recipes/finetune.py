@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import evaluate
+import psutil
 import torch
 import transformers
 from accelerate import PartialState
@@ -92,9 +93,9 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:  # OSError: a file, a hub or a model that cannot be had
         print(f"finetune.py: error: {error}", file=sys.stderr)
         return 2
-    before = evaluate_model(trainer.model, "before")
-    started = time.monotonic()
     try:
+        before = evaluate_model(trainer.model, "before")
+        started = time.monotonic()
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
     except KeyboardInterrupt:
         last = last_whole_checkpoint(args.output_dir)
@@ -117,8 +118,11 @@ def parse(argv: list[str], script_class: type = ScriptArguments, description: st
     on_cpu = not torch.accelerator.is_available()
     if on_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:
         # Without a configuration, `accelerate launch` allows a process on the CPU a single thread.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False) if on_cpu else torch.cuda.is_bf16_supported()
+        torch.set_num_threads(max(1, psutil.cpu_count(logical=False) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if on_cpu:
+        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    else:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     (script, lp_config, args), given = parse_recipe(
         (script_class, LpDecayConfig, TrainingArguments),
         argv,

@@ -39,8 +39,11 @@ def claim_folder(output_dir: str, options: dict[str, Any]) -> str | None:
     """
     folder = Path(output_dir)
     note = folder / RUN_FILE
-    cure = "Give another --output_dir, or delete the folder."
-    if note.is_file():
+    # A run that got no further than its note has nothing to lose.
+    if any(folder.glob("checkpoint-*")) or any(folder.glob("*.safetensors")):
+        cure = "Give another --output_dir, or delete the folder."
+        if not note.is_file():
+            raise ValueError(f"output_dir={output_dir!r} holds a model or checkpoints of something else. {cure}")
         earlier = yaml.safe_load(note.read_text(encoding="utf-8"))
         changed = [
             f"{name}={earlier.get(name)!r} (now {options.get(name)!r})"
@@ -50,8 +53,6 @@ def claim_folder(output_dir: str, options: dict[str, Any]) -> str | None:
         if changed:
             raise ValueError(f"output_dir={output_dir!r} holds a run with {', '.join(changed)}. {cure}")
         return last_whole_checkpoint(folder)
-    if any(folder.glob("checkpoint-*")) or any(folder.glob("*.safetensors")):
-        raise ValueError(f"output_dir={output_dir!r} holds a model or checkpoints of something else. {cure}")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(note, yaml.safe_dump(options, sort_keys=True))
     return None

@@ -21,7 +21,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    TrainingArguments,
+    set_seed,
 )
+
+from hf_lpdecay import LpAdamW, LpDecayConfig, LpDecayTrainer
+from hf_lpdecay.sparsity import Ramp, SparsityController, input_dims, select_parameters
 
 
 VOCAB = 64
@@ -82,6 +87,63 @@ def token_rows(rows: int = 64, length: int = 16, seed: int = 0) -> list[dict[str
     stride = torch.randint(1, 4, (rows, 1), generator=generator)
     tokens = ((start + stride * torch.arange(length)) % VOCAB).tolist()
     return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def controlled(target=0.5, scope="layer", importance="adam", model=None, **options):
+    model = model or tiny_llama()
+    config = LpDecayConfig(p=0.5, target_sparsity=target, scope=scope, importance=importance, **options)
+    params = select_parameters(model, exclude_modules=config.exclude_modules)
+    optimizer = LpAdamW([{"params": list(params.values())}], lr=1e-3, p=config.p)
+    ramp = Ramp.from_config(config, 50)
+    return params, optimizer, SparsityController(config, params, optimizer, ramp, input_dims(model))
+
+
+def drive(params, optimizer, controller, steps, lr=1e-3):
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, steps + 1):
+        for param in params.values():
+            param.grad = torch.randn(param.shape, generator=generator) * 1e-3
+        optimizer.step()
+        controller.after_step(step, lambda steps: [lr * steps])
+
+
+def arguments(folder, cls=TrainingArguments, **overrides):
+    options = {
+        "output_dir": str(folder),
+        "max_steps": 30,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-3,
+        "warmup_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    return cls(**{**options, **overrides})
+
+
+def trainer_for(folder, config=None, trainer_cls=LpDecayTrainer, model=None, callbacks=None, **overrides):
+    set_seed(0)
+    extra = {} if config is None else {"lp_config": config}
+    return trainer_cls(
+        model=model or tiny_llama(),
+        args=arguments(folder, **overrides),
+        train_dataset=token_rows(),
+        eval_dataset=token_rows(8, seed=1),
+        callbacks=callbacks,
+        **extra,
+    )
+
+
+def weights(model):
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def same_bits(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(autouse=True)

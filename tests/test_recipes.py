@@ -12,6 +12,7 @@ import data
 import finetune
 import pypi_models
 import pytest
+import run_folder
 import stdlib_text
 import torch
 import yaml
@@ -72,6 +73,10 @@ def test_the_same_command_again_changes_nothing_and_another_one_is_refused(comma
     assert finetune.main([*command, "--target_sparsity", "0.6"]) == 2
     message = capsys.readouterr().err
     assert "holds a run with target_sparsity=0.5 (now 0.6). Give another --output_dir" in message
+    assert finetune.main([*command, "--output_dir", str(tmp_path / "new"), "--target_modules", "qproj"]) == 2
+    # A run that was refused does not stand in the way of its correction.
+    assert run_folder.claim_folder(str(tmp_path / "new"), {"p": 0.5}) is None
+    capsys.readouterr()
     (tmp_path / "out" / "run.yaml").unlink()
     assert finetune.main(command) == 2
     assert "holds a model or checkpoints of something else" in capsys.readouterr().err
@@ -180,9 +185,8 @@ WORDS = [("fine", 1), ("great", 1), ("dull", 0), ("awful", 0)]
 def test_bad_input_is_told_in_one_line_before_any_work(command, flags, message, capsys, monkeypatch):
     monkeypatch.setattr(finetune.LpDecayTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
     monkeypatch.setattr(finetune, "perplexity", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
-    if message is None:  # nothing wrong: the first work is reached
-        with pytest.raises(KeyboardInterrupt):
-            finetune.main([*command, *flags])
+    if message is None:  # nothing wrong: the first work is reached, and interrupted
+        assert finetune.main([*command, *flags]) == 130
         return
     try:
         code = finetune.main([*command, *flags])

@@ -2,14 +2,13 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from conftest import controlled, drive, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from hf_lpdecay import LpAdamW, LpDecayConfig, measure_sparsity
-from hf_lpdecay.optim.functional import structured_size
-from hf_lpdecay.sparsity import Ramp, SparsityController, input_dims, match_parameters, select_parameters
+from hf_lpdecay import LpDecayConfig, measure_sparsity
+from hf_lpdecay.sparsity import Ramp, match_parameters, select_parameters
 from hf_lpdecay.sparsity.quantiles import histogram, kth_smallest, lower_edge
 
 
@@ -97,24 +96,6 @@ def test_order_statistics_agree_with_sorting(values, rank, cut):
     assert value - max(value * 2**-7, 2.0**-132) <= edge <= value and int((tensor < edge).sum()) < k
 
 
-def controlled(target=0.5, scope="layer", importance="adam", model=None, **options):
-    model = model or tiny_llama()
-    config = LpDecayConfig(p=0.5, target_sparsity=target, scope=scope, importance=importance, **options)
-    params = select_parameters(model, exclude_modules=config.exclude_modules)
-    optimizer = LpAdamW([{"params": list(params.values())}], lr=1e-3, p=config.p)
-    ramp = Ramp.from_config(config, 50)
-    return params, optimizer, SparsityController(config, params, optimizer, ramp, input_dims(model))
-
-
-def train(params, optimizer, controller, steps, lr=1e-3):
-    generator = torch.Generator().manual_seed(0)
-    for step in range(1, steps + 1):
-        for param in params.values():
-            param.grad = torch.randn(param.shape, generator=generator) * 1e-3
-        optimizer.step()
-        controller.after_step(step, lambda steps: [lr * steps])
-
-
 def zeros(params):
     return {name: param.numel() - int(param.count_nonzero()) for name, param in params.items()}
 
@@ -123,7 +104,7 @@ def zeros(params):
 @pytest.mark.parametrize("target", [0.5, 0.9, 1 / 3])
 def test_every_layer_ends_with_exactly_the_target(target, importance):
     params, optimizer, controller = controlled(target, importance=importance)
-    train(params, optimizer, controller, 50)
+    drive(params, optimizer, controller, 50)
     assert zeros(params) == {name: round(target * param.numel()) for name, param in params.items()}
     assert all(group["freeze_zeros"] for group in optimizer.param_groups)
     assert all(set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"} for p in params.values())
@@ -132,7 +113,7 @@ def test_every_layer_ends_with_exactly_the_target(target, importance):
 @pytest.mark.parametrize("importance", ["adam", "magnitude"])
 def test_the_whole_model_ends_with_exactly_the_target(importance):
     params, optimizer, controller = controlled(0.7, scope="global", importance=importance)
-    train(params, optimizer, controller, 50)
+    drive(params, optimizer, controller, 50)
     counts = zeros(params)
     total = sum(param.numel() for param in params.values())
     assert sum(counts.values()) == round(0.7 * total)
@@ -143,7 +124,7 @@ def test_the_decay_follows_the_ramp_and_does_the_work_before_the_cut():
     params, optimizer, controller = controlled(0.5)
     numel = sum(param.numel() for param in params.values())
     ramp = controller.ramp
-    train(params, optimizer, controller, ramp.end - 1)
+    drive(params, optimizer, controller, ramp.end - 1)
     generator_free = sum(zeros(params).values()) / numel
     assert 0.8 * 0.5 < generator_free <= 0.5
     for step in range(ramp.start, ramp.end + 1):
@@ -182,11 +163,11 @@ def test_equal_weights_are_cut_to_the_exact_count():
 
 def test_what_is_zero_when_the_ramp_begins_stays_zero():
     params, optimizer, controller = controlled(0.3)
-    train(params, optimizer, controller, controller.ramp.start - 1)
+    drive(params, optimizer, controller, controller.ramp.start - 1)
     for param in params.values():
         param.data[:, ::2] = 0.0
     controller.after_step(controller.ramp.start, lambda steps: [1e-3 * steps])
-    train(params, optimizer, controller, 50)
+    drive(params, optimizer, controller, 50)
     assert all((param[:, ::2] == 0).all() and (param[:, 1::2] != 0).all() for param in params.values())
 
 
@@ -213,67 +194,6 @@ def test_a_tensor_without_gradient_is_ranked_by_magnitude():
         assert "lp_row" not in optimizer.state[params[first]]
         controller.after_step(controller.ramp.end, lambda steps: [1e-3])
         assert all(param.isfinite().all() for param in params.values())
-
-
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-@pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("pattern, group, dead", [("2:4", 4, 2), ("1:8", 8, 7), ("3:4", 4, 1)])
-def test_n_of_m_consecutive_inputs_survive(pattern, group, dead, scope, make):
-    model = make()
-    params, optimizer, controller = controlled(dead / group, pattern=pattern, scope=scope, model=model)
-    dims = input_dims(model)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(1, 51):
-        for param in params.values():
-            param.grad = torch.randn(param.shape, generator=generator) * 1e-3
-        optimizer.step()
-        controller.after_step(step, lambda steps: [1e-3 * steps])
-        for name, param in params.items():
-            by_output = param if dims[name] == 1 else param.t()
-            zeros = (by_output.unflatten(1, (-1, group)) == 0).sum(-1)
-            assert (zeros <= dead).all() if step < controller.ramp.end else (zeros == dead).all()
-    assert {dims[name] for name in params} == ({1} if make is tiny_llama else {0})
-
-
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_tiles_become_zero_as_one(make):
-    model = make()
-    params, optimizer, controller = controlled(0.5, pattern="block:4x8", model=model)
-    train(params, optimizer, controller, controller.ramp.end - 1)
-    dims = input_dims(model)
-
-    def live_per_tile():
-        for name, param in params.items():
-            by_output = param if dims[name] == 1 else param.t()
-            yield (by_output.unflatten(1, (-1, 8)).unflatten(0, (-1, 4)) != 0).sum((1, 3))
-
-    before_cut = torch.cat([tile.flatten() for tile in live_per_tile()])
-    assert ((before_cut == 0) | (before_cut == 32)).float().mean() > 0.9 and (before_cut == 0).float().mean() > 0.4
-    controller.after_step(controller.ramp.end, lambda steps: [0.0])
-    for live in live_per_tile():
-        assert set(live.flatten().tolist()) == {0, 32} and (live == 0).sum() == live.numel() / 2
-
-
-@given(st.lists(st.floats(0, 10, width=32), min_size=8, max_size=8), st.integers(1, 3))
-def test_out_of_reach_are_the_largest_of_each_group(values, keep):
-    r = torch.tensor(values).view(1, 8)
-    size = structured_size(r, f"{keep}:4")
-    for group, result in zip(r.view(2, 4), size.view(2, 4)):
-        assert result.isinf().sum() == keep and group[result.isinf()].min() >= group[~result.isinf()].max()
-        assert torch.equal(result[~result.isinf()], group[~result.isinf()])
-    assert torch.equal(structured_size(r.t(), f"{keep}:4", dim=0), size.t())
-
-
-@pytest.mark.parametrize(
-    "target, pattern, message",
-    [
-        (None, "1:3", "gate_proj.weight has 32 input features, not a multiple of 3"),
-        (0.5, "block:5x4", "gate_proj.weight has 64 output and 32 input features, which such tiles do not fill"),
-    ],
-)
-def test_a_shape_that_does_not_fit_the_pattern_is_refused_by_name(target, pattern, message):
-    with pytest.raises(ValueError, match=message):
-        controlled(target, pattern=pattern, exclude_modules=ATTENTION)
 
 
 def test_ramp_waits_for_the_warm_up_and_needs_ten_steps():

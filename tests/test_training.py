@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_bert, tiny_llama, tiny_t5, token_rows
+from conftest import arguments, same_bits, tiny_bert, tiny_llama, tiny_t5, token_rows, trainer_for, weights
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -11,8 +11,6 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
-    set_seed,
 )
 
 from hf_lpdecay import (
@@ -25,46 +23,6 @@ from hf_lpdecay import (
     measure_sparsity,
 )
 from hf_lpdecay.training import last_whole_checkpoint
-from hf_lpdecay.training.distillation import Distiller
-
-
-def arguments(folder, cls=TrainingArguments, **overrides):
-    options = {
-        "output_dir": str(folder),
-        "max_steps": 30,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 2e-3,
-        "warmup_steps": 2,
-        "lr_scheduler_type": "cosine",
-        "logging_steps": 5,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return cls(**{**options, **overrides})
-
-
-def trainer_for(folder, config=None, trainer_cls=LpDecayTrainer, model=None, callbacks=None, **overrides):
-    set_seed(0)
-    extra = {} if config is None else {"lp_config": config}
-    return trainer_cls(
-        model=model or tiny_llama(),
-        args=arguments(folder, **overrides),
-        train_dataset=token_rows(),
-        eval_dataset=token_rows(8, seed=1),
-        callbacks=callbacks,
-        **extra,
-    )
-
-
-def weights(model):
-    return {name: param.detach().clone() for name, param in model.named_parameters()}
-
-
-def same_bits(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 TARGET = LpDecayConfig(p=0.5, target_sparsity=0.5)
@@ -330,66 +288,3 @@ def test_callback_state_is_plain_json():
     callback = SparsityCallback(TARGET)
     again = SparsityCallback(**callback.state()["args"])
     assert again.lp_config == TARGET
-
-
-class Losses(TrainerCallback):
-    def __init__(self):
-        self.logs = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.logs += [dict(logs)] if "loss" in logs else []
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_distillation_adds_the_distance_from_the_parent_and_logs_both(tmp_path, accumulation):
-    seen = Losses()
-    config = LpDecayConfig(p=0.5, target_sparsity=0.5, distill="self", distill_weight=0.7, distill_hidden=0.5)
-    trainer = trainer_for(tmp_path, config, callbacks=[seen], gradient_accumulation_steps=accumulation)
-    trainer.train()
-    assert measure_sparsity(trainer.model).sparsity == 0.5
-    for logs in seen.logs:
-        assert logs["loss"] == pytest.approx(logs["loss_task"] + 0.7 * logs["loss_distill"], rel=1e-3)
-    assert seen.logs[0]["loss_distill"] < seen.logs[-1]["loss_distill"]
-    assert all(not param.requires_grad for param in trainer._distiller.teacher.parameters())
-
-
-def test_the_distance_from_an_equal_teacher_is_zero_and_that_of_logits_is_the_divergence(tmp_path):
-    config = LpDecayConfig(p=0.5, target_sparsity=0.5, distill="self", distill_temperature=2.0)
-    model = tiny_llama().eval()
-    distiller = Distiller(config, model)
-    distiller.teacher.float().load_state_dict(model.state_dict())
-    inputs = {"input_ids": torch.tensor([[3, 4, 5, 6]]), "labels": torch.tensor([[3, -100, 5, 6]])}
-    total, count = distiller.loss(inputs, model(**inputs))
-    assert count == 2 and abs(total.item()) < 1e-5
-    other = tiny_llama(seed=1).eval()
-    total, _ = distiller.loss(inputs, other(**inputs))
-    log_p, log_q = ((m(**inputs).logits[:, 1:3].double() / 2).log_softmax(-1) for m in (model, other))
-    assert total.item() == pytest.approx(4 * (log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-4)
-
-
-def test_a_distilled_run_resumes_with_its_first_teacher(tmp_path):
-    config = LpDecayConfig(p=0.5, target_sparsity=0.5, distill="self")
-    options = {"save_strategy": "steps", "save_steps": 10}
-    whole = trainer_for(tmp_path, config, **options)
-    whole.train()
-    resumed = trainer_for(tmp_path, config, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
-    assert same_bits(weights(whole.model), weights(resumed.model))
-
-
-def test_distillation_for_classifiers_and_encoder_decoders(tmp_path):
-    rows = [{**row, "labels": row["input_ids"][0] % 2} for row in token_rows()]
-    config = LpDecayConfig(p=0.5, target_sparsity=0.5, distill="self", distill_hidden=1.0)
-    seen = Losses()
-    options = {"train_dataset": rows, "lp_config": config, "callbacks": [seen]}
-    LpDecayTrainer(tiny_bert(), arguments(tmp_path / "a"), **options).train()
-    options["train_dataset"] = token_rows()
-    LpDecaySeq2SeqTrainer(tiny_t5(), arguments(tmp_path / "b", Seq2SeqTrainingArguments), **options).train()
-    assert len(seen.logs) == 12 and all(logs["loss_distill"] >= 0 for logs in seen.logs)
-
-
-def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
-    tiny_llama(vocab_size=32).save_pretrained(tmp_path / "teacher")
-    config = LpDecayConfig(lp_lambda=0.0, distill=str(tmp_path / "teacher"))
-    with pytest.raises(ValueError, match="has vocab_size=32, but the student has 64"):
-        trainer_for(tmp_path, config)
