@@ -37,17 +37,18 @@ class GradualPruning(SparsityCallback):
     controller_class = HardCutController
 
 
+NO_TARGET = {"target_sparsity": None, "lp_lambda": 0.0, "importance": None, "trim": None, "pattern": "unstructured"}
 # What each method changes in the LpDecayConfig, and what drives it.
 METHODS = {
-    "dense": ({"target_sparsity": None, "lp_lambda": 0.0}, SparsityCallback),
+    "dense": (NO_TARGET, SparsityCallback),
     "gmp": ({"importance": "magnitude"}, GradualPruning),
     "gmp-adam": ({"importance": "adam"}, GradualPruning),
+    "gmp-adam-distill": ({"importance": "adam", "distill": "self"}, GradualPruning),
     "lp-plain": ({"importance": "magnitude", "trim": False}, SparsityCallback),
     "lp-trim": ({"importance": "magnitude", "trim": True}, SparsityCallback),
     "lp": ({}, SparsityCallback),
     "lp-distill": ({"distill": "self"}, SparsityCallback),
-    "gmp-adam-distill": ({"importance": "adam", "distill": "self"}, GradualPruning),
-    "frozen": ({"target_sparsity": None, "lp_lambda": 0.0, "freeze_zeros": True}, SparsityCallback),
+    "frozen": ({**NO_TARGET, "freeze_zeros": True}, SparsityCallback),
 }
 
 
@@ -95,9 +96,7 @@ def main(argv: list[str]) -> int:
 def run(script, lp_config: LpDecayConfig, args, method: str, seed: int) -> dict[str, float]:
     """Train with one method and seed, and evaluate in float32."""
     changes, callback_class = METHODS[method]
-    # What follows from the target is resolved anew.
-    options = {**dataclasses.asdict(lp_config), "importance": None, "trim": None, **changes}
-    config = LpDecayConfig(**options)
+    config = dataclasses.replace(lp_config, **changes)
     args.seed = seed
     trainer, evaluate_model = finetune.prepare(script, config, args)
     if callback_class is not SparsityCallback:
