@@ -327,11 +327,15 @@ def test_hyperparameters_out_of_range_are_refused(options, message):
         optimizer.add_param_group({"params": make_params(), **options})
 
 
-def test_sparse_and_complex_are_refused():
+def test_sparse_complex_and_a_missing_kernel_are_refused():
     embedding = torch.nn.Embedding(5, 3, sparse=True)
     optimizer = LpAdamW(embedding.parameters())
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse=False"):
         optimizer.step()
+    elsewhere = torch.nn.Parameter(torch.empty(2, device="meta"))
+    elsewhere.grad = torch.empty(2, device="meta")
+    with pytest.raises(RuntimeError, match="no kernel for a parameter on meta"):
+        LpAdamW([elsewhere], fused=True).step()
     with pytest.raises(ValueError, match="complex64"):
         LpAdamW([torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))])

@@ -14,6 +14,7 @@ from .functional import lp_adamw_, stochastic_round
 # Elements that are updated at a time: the scratch stays at a few MB whatever the size of the model.
 CHUNK = 1 << 20
 
+_FUSED_DEVICES = ("cpu", "cuda")
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 # What a checkpoint's groups do not decide: options that only torch.optim.AdamW has, and the choice of a kernel.
 _NOT_LOADED = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "decoupled_weight_decay", "fused")
@@ -121,7 +122,9 @@ class LpAdamW(torch.optim.Optimizer):
             raise RuntimeError("LpAdamW does not take sparse gradients; make the embedding with sparse=False.")
         fused = group["fused"]
         if fused is None:
-            fused = param.device.type in ("cpu", "cuda")
+            fused = param.device.type in _FUSED_DEVICES
+        elif fused and param.device.type not in _FUSED_DEVICES:
+            raise RuntimeError(f"fused=True has no kernel for a parameter on {param.device}; leave it at None.")
         state = self.state[param]
         if "step" not in state:
             moment_dtype = torch.float32 if param.dtype in _LOW_PRECISION else param.dtype

@@ -92,7 +92,12 @@ class SparsityCallback(TrainerCallback, ExportableState):
         Args:
             step (`int`): Optimizer steps taken so far.
             optimizer (`torch.optim.Optimizer`): The optimizer that is stepped.
+
+        Returns:
+            `dict[str, float]`: Empty before training has begun.
         """
+        if not self._params:
+            return {}
         if self._controller is None:
             lp_lambda, phase = max(group["lp_lambda"] for group in optimizer.param_groups), DECAY
         else:
