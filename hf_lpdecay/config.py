@@ -37,8 +37,9 @@ class LpDecayConfig:
         scope (`str`, *optional*, defaults to `"layer"`): `"layer"` makes every tensor equally sparse, `"global"` ranks
             all weights together. Only matters with a target.
         importance (`str`, *optional*): What "small" means. `"magnitude"` is ``|w|``; `"adam"` is ``|w|`` times the
-            root of AdamW's second moment, factored over rows and columns. Defaults to `"adam"` with a target and
-            `"magnitude"` (the paper's, and the only choice) without.
+            root of AdamW's second moment, factored over rows and columns; `"activation"` is ``|w|`` times the root
+            mean square of its input feature in the batches before the ramp (as in Wanda). Defaults to `"adam"` with
+            a target and `"magnitude"` (the paper's, and the only choice) without.
         trim (`bool`, *optional*): Decay only the weights that are due before the next plan, so that the survivors are
             not shrunk. Defaults to `True` with a target; impossible without.
         ramp_start (`float`, *optional*, defaults to `0.0`): Where the ramp starts, as a fraction of all steps, though
@@ -80,7 +81,7 @@ class LpDecayConfig:
     scope: Literal["layer", "global"] = field(
         default="layer", metadata={"help": "Whether each tensor or all of them together meet the target."}
     )
-    importance: Literal["adam", "magnitude"] | None = field(
+    importance: Literal["adam", "activation", "magnitude"] | None = field(
         default=None, metadata={"help": "What small means. Defaults to 'adam' with a target, else 'magnitude'."}
     )
     trim: bool | None = field(
@@ -103,7 +104,7 @@ class LpDecayConfig:
         self._check_target_or_lambda()
         for name, choices in (
             ("scope", ("layer", "global")),
-            ("importance", ("adam", "magnitude", None)),
+            ("importance", ("adam", "activation", "magnitude", None)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"Invalid {name}: {getattr(self, name)!r} - should be one of {choices}.")
@@ -181,8 +182,8 @@ class LpDecayConfig:
 
     def _resolve_defaults(self):
         if self.target_sparsity is None:
-            if self.importance == "adam" or self.trim:
-                option = "importance='adam'" if self.importance == "adam" else "trim=True"
+            if self.importance not in (None, "magnitude") or self.trim:
+                option = "trim=True" if self.trim else f"importance={self.importance!r}"
                 raise ValueError(
                     f"{option} needs a target_sparsity: a decay of constant strength is the paper's plain method. Give"
                     " target_sparsity instead of lp_lambda, or leave the option out."

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments, same_bits, tiny_bert, tiny_llama, tiny_t5, token_rows, trainer_for, weights
+from conftest import arguments, same_bits, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_rows, trainer_for, weights
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -115,6 +115,7 @@ def test_the_plain_method_runs_at_constant_lambda(tmp_path):
         TARGET,
         LpDecayConfig(p=0.5, target_sparsity=0.6, scope="global", trim=False),
         LpDecayConfig(p=0.5, pattern="2:4"),
+        LpDecayConfig(p=0.5, target_sparsity=0.5, importance="activation", ramp_start=0.2),
     ],
 )
 def test_a_run_resumed_at_any_checkpoint_ends_in_the_same_bits(tmp_path, config):
@@ -130,6 +131,39 @@ def test_a_run_resumed_at_any_checkpoint_ends_in_the_same_bits(tmp_path, config)
         assert same_bits(final, weights(resumed.model)), checkpoint.name
         logs = [t.state.log_history[-2] for t in (resumed, whole)]
         assert all(logs[0][name] == logs[1][name] for name in ("step", "grad_norm", "sparsity", "lp_lambda"))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_activation_importance_is_the_rms_of_the_input_features(tmp_path, make, scope):
+    model = make()
+    layers = {n: m for n, m in model.named_modules() if n.endswith((".0.mlp.up_proj", ".0.mlp.c_fc", ".1.mlp.c_fc"))}
+    seen = {name: [] for name in layers}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda m, x, name=name: seen[name].append((m.training, x[0].detach())))
+    found = {}
+
+    class Peek(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            for name, layer in layers.items():
+                if state.global_step == 5:  # the first plan follows
+                    found[name] = [len(seen[name])]
+                if state.global_step == 6:
+                    found[name].append(dict(optimizer.state[layer.weight]))
+
+    config = LpDecayConfig(p=0.5, target_sparsity=0.5, importance="activation", scope=scope)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "callbacks": [Peek()]}
+    trainer = trainer_for(tmp_path, config, model=model, **options)
+    trainer.train()
+    assert measure_sparsity(model).sparsity == pytest.approx(0.5, abs=1e-4)
+    assert len(found) >= 1
+    for name, (calls, state) in found.items():
+        features = torch.cat([x.flatten(0, 1) for training, x in seen[name][:calls] if training])
+        rms = features.double().square().mean(0).sqrt()
+        h = (state["lp_row"] * state["lp_col"]).double()
+        h = h[0] if "up_proj" in name else h[:, 0]
+        assert torch.allclose(h / h.mean(), rms / rms.mean(), rtol=1e-4)
+    assert not any(m._forward_pre_hooks for n, m in model.named_modules() if n not in layers)
 
 
 def test_a_checkpoint_cut_off_in_the_middle_is_passed_over(tmp_path):

@@ -1,5 +1,6 @@
 """What is sparse, and what should be: selection, the plan of a run, measurement."""
 
+from .activations import ActivationStatistics
 from .controller import Ramp, SparsityController
 from .patterns import parse_pattern
 from .report import SparsityReport, measure_sparsity
@@ -7,6 +8,7 @@ from .selection import input_dims, match_parameters, select_parameters
 
 
 __all__ = [
+    "ActivationStatistics",
     "Ramp",
     "SparsityController",
     "SparsityReport",

@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # it checks its pattern with this room
 
 DENSE, DECAY, SETTLE = "dense", "decay", "settle"
 MIN_RAMP_STEPS = 10
-# AdamW's second moment says little before it has seen a few gradients.
-_MIN_ADAM_STEPS = 5
+# AdamW's second moment and the activations say little before a few batches have been seen.
+_MIN_IMPORTANCE_STEPS = 5
 _PLAN = ("lp_lambda", "lp_threshold", "lp_row", "lp_col", "lp_dim", "lp_rows")
 
 
@@ -52,8 +52,8 @@ class Ramp:
             ValueError: If the ramp has fewer than 10 steps.
         """
         start = max(round(config.ramp_start * total_steps), warmup_steps)
-        if config.importance == "adam":
-            start = max(start, _MIN_ADAM_STEPS)
+        if config.importance != "magnitude":
+            start = max(start, _MIN_IMPORTANCE_STEPS)
         end = round(config.ramp_end * total_steps)
         if end - start < MIN_RAMP_STEPS:
             raise ValueError(
@@ -140,7 +140,9 @@ class SparsityController:
         following = self.ramp.next_plan(step)
         if following is not None:
             if self.config.importance == "adam":
-                self._update_importance()
+                self._importance_from_adam()
+            elif self.config.importance == "activation" and step == self.ramp.start:
+                self._importance_from_activations()
             self._plan(step, following, summed_lr(following - step))
 
     def lp_lambda(self) -> float:
@@ -211,25 +213,44 @@ class SparsityController:
             size.mul_(state["lp_row"]).mul_(state["lp_col"])
         return size if self.pattern.spec is None else structured_size(size, self.pattern.spec, self._dims[param])
 
-    def _update_importance(self) -> None:
+    def _importance_from_adam(self) -> None:
         """Factor AdamW's second moment, the expected squared gradient, into rows and columns.
 
         ``h = sqrt(row mean * column mean) / mean`` estimates the root of the second moment from far fewer numbers
         than it has, as Adafactor does (arXiv 1804.04235); ``(|w| * h) ** 2`` is then the optimal brain damage
-        saliency of a weight with the empirical Fisher for the curvature. Per layer it is normalised to a mean square
-        of 1; globally, over all selected tensors.
+        saliency of a weight with the empirical Fisher for the curvature.
         """
-        state = self.optimizer.state
-        moments = {param: state[param]["exp_avg_sq"] for param in self.params.values() if "exp_avg_sq" in state[param]}
-        if self.config.scope == "global":
-            unit = sum(moment.sum() for moment in moments.values()) / sum(moment.numel() for moment in moments.values())
-        for param, moment in moments.items():
-            mean = moment.mean()
-            if mean > 0:  # otherwise no gradient has come yet, and the magnitude is all that is known
-                state[param]["lp_row"] = (
-                    moment.mean(1, keepdim=True) / (unit if self.config.scope == "global" else mean)
-                ).sqrt_()
-                state[param]["lp_col"] = (moment.mean(0, keepdim=True) / mean).sqrt_()
+        moments = {p: self.optimizer.state[p].get("exp_avg_sq") for p in self.params.values()}
+        means = {param: moment.mean() for param, moment in moments.items() if moment is not None}
+        for param, unit in self._units(means).items():
+            moment, mean, state = moments[param], means[param], self.optimizer.state[param]
+            state["lp_row"] = (moment.mean(1, keepdim=True) / unit).sqrt_()
+            state["lp_col"] = (moment.mean(0, keepdim=True) / mean).sqrt_()
+
+    def _importance_from_activations(self) -> None:
+        """``h`` is the root mean square of a weight's input feature, as in Wanda (arXiv 2306.11695)."""
+        squares = {}
+        for param in self.params.values():
+            state = self.optimizer.state[param]
+            if "lp_feature_sq" in state:
+                squares[param] = state.pop("lp_feature_sq") / state.pop("lp_feature_count")
+        for param, unit in self._units({param: square.mean() for param, square in squares.items()}).items():
+            feature = (squares[param] / unit).sqrt_().to(param.dtype)
+            rows, columns = feature[:, None], feature.new_ones(1, param.shape[1])
+            if self._dims[param] == 1:
+                rows, columns = feature.new_ones(param.shape[0], 1), feature[None]
+            self.optimizer.state[param].update(lp_row=rows, lp_col=columns)
+
+    def _units(self, means: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """What mean square of ``h`` counts as 1: each tensor's own, or globally that of all selected weights.
+
+        Without the tensors whose mean is zero: nothing has been seen of them yet, so they go by their magnitude.
+        """
+        seen = {param: mean for param, mean in means.items() if mean > 0}
+        if self.config.scope == "layer":
+            return seen
+        total = sum(mean * param.numel() for param, mean in seen.items())
+        return dict.fromkeys(seen, total / max(1, sum(param.numel() for param in seen)))
 
     def _selected(self, group: dict) -> list[Tensor]:
         return [param for param in group["params"] if id(param) in self._ids]

@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..config import LpDecayConfig
-from ..sparsity import Ramp, SparsityController, input_dims, select_parameters
+from ..sparsity import ActivationStatistics, Ramp, SparsityController, input_dims, select_parameters
 from ..sparsity.controller import DECAY, DENSE, SETTLE
 
 
@@ -42,6 +42,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._params: dict[str, nn.Parameter] = {}
         self._ramp: Ramp | None = None
         self._controller: SparsityController | None = None
+        self._activations: ActivationStatistics | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the config, against which a resumed run is checked."""
@@ -67,6 +68,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
             self._controller = self.controller_class(
                 self.lp_config, self._params, optimizer, self._ramp, input_dims(model)
             )
+            if self.lp_config.importance == "activation" and state.global_step < self._ramp.start:
+                self._activations = ActivationStatistics(model, list(self._params.values()), optimizer)
         if state.is_world_process_zero:
             tqdm.write(self._summary(model))
         if state.global_step == 0:
@@ -79,6 +82,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._advance(state.global_step, optimizer, kwargs["lr_scheduler"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self._activations is not None:
+            self._activations.finish()
+            self._activations = None
         if self._ramp is not None and state.global_step < self._ramp.end and state.is_world_process_zero:
             logger.warning_once(
                 f"Training stopped after step {state.global_step}, before the ramp's end at step {self._ramp.end}: the"
@@ -112,6 +118,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     def _advance(self, step: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         if self._controller is not None:
+            if self._activations is not None and step == self._ramp.start:
+                self._activations.finish()
+                self._activations = None
             self._controller.after_step(step, _summed_lr(optimizer, scheduler))
 
     def _check_same_config(self, state: TrainerState) -> None:
