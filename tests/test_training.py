@@ -255,6 +255,17 @@ def test_the_mixin_goes_in_front_of_any_trainer(tmp_path):
     assert trainer.called and measure_sparsity(trainer.model).sparsity == 0.5
 
 
+def test_bfloat16_weights_reach_the_target_and_the_loss_of_float32(tmp_path):
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = trainer_for(tmp_path, TARGET, model=tiny_llama().to(dtype), max_steps=100)
+        trainer.train()
+        assert measure_sparsity(trainer.model).sparsity == 0.5
+        assert all(param.dtype == dtype for param in trainer.model.parameters())
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] < 3.5 and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_early_stopping_and_best_model_work_beside_it(tmp_path):
     trainer = trainer_for(
         tmp_path,

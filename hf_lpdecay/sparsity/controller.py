@@ -208,7 +208,7 @@ class SparsityController:
     def _size(self, param: Tensor) -> Tensor:
         """`r`, what the plan ranks and the decay acts on: a new tensor, shaped like `param`."""
         state = self.optimizer.state[param]
-        size = param.detach().abs()
+        size = param.detach().abs().to(torch.promote_types(param.dtype, torch.float32))
         if "lp_row" in state:
             size.mul_(state["lp_row"]).mul_(state["lp_col"])
         return size if self.pattern.spec is None else structured_size(size, self.pattern.spec, self._dims[param])
