@@ -54,8 +54,8 @@ def parse_recipe(
             file.pop(other, None)
     parser.set_defaults(**file)
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    for argument in unknown:
-        name = argument.split("=")[0]
+    if unknown:
+        name = unknown[0].split("=")[0]
         raise ValueError(f"{name} is not an option.{_nearest(name.lstrip('-').replace('-', '_'), options, '--')}")
     return tuple(parsed), {**file, **given}
 

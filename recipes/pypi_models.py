@@ -124,7 +124,7 @@ def _convert_gguf(files: Path, gguf_file: str, target: Path) -> None:
     # What comes from a GGUF file counts as quantized and cannot be saved; a fresh model with the same weights can.
     config = loaded.config
     del config.quantization_config
-    config._name_or_path = ""
+    vars(config).pop("_model_name_or_path", None)  # the name of some training run, out of the GGUF file's metadata
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(target)
