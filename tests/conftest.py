@@ -10,6 +10,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import pytest
 import stdlib_text
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
@@ -28,6 +29,10 @@ from transformers import (
 from hf_lpdecay import LpAdamW, LpDecayConfig, LpDecayTrainer
 from hf_lpdecay.sparsity import Ramp, SparsityController, input_dims, select_parameters
 
+
+# The same examples in every run, and no failure because a machine is slow.
+settings.register_profile("deterministic", deadline=None, derandomize=True)
+settings.load_profile("deterministic")
 
 VOCAB = 64
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from conftest import controlled, drive, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
@@ -84,7 +84,6 @@ def test_patterns_that_match_nothing_say_what_there_is(arguments, message):
     rank=st.floats(0, 1),
     cut=st.integers(0, 60),
 )
-@settings(deadline=None)
 def test_order_statistics_agree_with_sorting(values, rank, cut):
     tensor = torch.tensor(values)
     k = max(1, round(rank * len(values)))
