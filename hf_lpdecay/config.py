@@ -1,10 +1,9 @@
 """`LpDecayConfig`: every knob of the method, checked where it is made."""
 
-import math
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Any, Literal
+from typing import Literal
 
+from .optim.adamw import is_number
 from .sparsity.patterns import SemiStructured, parse_pattern
 
 
@@ -98,7 +97,7 @@ class LpDecayConfig:
     distill_hidden: float = field(default=0.0, metadata={"help": "Weight of the hidden states in it (SquareHead)."})
 
     def __post_init__(self):
-        if not _is_number(self.p):
+        if not is_number(self.p):
             raise ValueError(f"Invalid p: {self.p!r} - should be a finite number, such as 0.5.")
         self._check_pattern()
         self._check_target_or_lambda()
@@ -110,7 +109,7 @@ class LpDecayConfig:
                 raise ValueError(f"Invalid {name}: {getattr(self, name)!r} - should be one of {choices}.")
         for name in ("ramp_start", "ramp_end"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value <= 1:
+            if not is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"Invalid {name}: {value!r} - should be a fraction of all steps, between 0 and 1.")
         if self.ramp_end <= self.ramp_start:
             raise ValueError(
@@ -120,7 +119,7 @@ class LpDecayConfig:
             raise ValueError(f"Invalid num_plans: {self.num_plans!r} - should be a whole number >= 1.")
         for name in ("distill_weight", "distill_temperature", "distill_hidden"):
             value = getattr(self, name)
-            if not _is_number(value) or value < 0 or (value == 0 and name == "distill_temperature"):
+            if not is_number(value) or value < 0 or (value == 0 and name == "distill_temperature"):
                 bound = "> 0" if name == "distill_temperature" else ">= 0"
                 raise ValueError(f"Invalid {name}: {value!r} - should be a finite number {bound}.")
         for name in ("target_modules", "exclude_modules"):
@@ -154,10 +153,10 @@ class LpDecayConfig:
                     " sparse the model shall be, or lp_lambda for a decay of constant strength."
                 )
             self.lp_lambda = 0.0
-        if lp_lambda is not None and (not _is_number(lp_lambda) or lp_lambda < 0):
+        if lp_lambda is not None and (not is_number(lp_lambda) or lp_lambda < 0):
             raise ValueError(f"Invalid lp_lambda: {lp_lambda!r} - should be a finite number >= 0.")
         if target is not None:
-            if not _is_number(target) or not 0 < target < 1:
+            if not is_number(target) or not 0 < target < 1:
                 raise ValueError(
                     f"Invalid target_sparsity: {target!r} - should be a fraction between 0 and 1, such as 0.5 for half"
                     " of the weights."
@@ -192,7 +191,3 @@ class LpDecayConfig:
         else:
             self.importance = "adam" if self.importance is None else self.importance
             self.trim = True if self.trim is None else self.trim
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

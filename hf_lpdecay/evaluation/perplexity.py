@@ -29,10 +29,11 @@ def perplexity(
     Raises:
         ValueError: If there is no window, or they differ in length or have fewer than 2 tokens.
     """
-    lengths = {len(window) for window in windows}
-    if len(lengths) != 1 or lengths.pop() < 2:
-        raise ValueError(f"{len(windows)} windows of lengths {sorted({len(w) for w in windows})}: give at least one,"
-                         " all equally long and of 2 or more tokens.")  # fmt: skip
+    lengths = sorted({len(window) for window in windows})
+    if len(lengths) != 1 or lengths[0] < 2:
+        raise ValueError(
+            f"{len(windows)} windows of lengths {lengths}: give at least one, all equally long and of 2 or more tokens."
+        )
     device = next(model.parameters()).device
     training = model.training
     model.eval()

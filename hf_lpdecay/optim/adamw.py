@@ -223,14 +223,15 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         value = group[name]
         if torch.is_tensor(value):
             value = value.item()
-        if not _is_number(value) or value < 0:
+        if not is_number(value) or value < 0:
             raise ValueError(f"Invalid {name}: {value} - should be a finite number >= 0.")
     for beta in group["betas"]:
-        if not _is_number(beta) or not 0 <= beta < 1:
+        if not is_number(beta) or not 0 <= beta < 1:
             raise ValueError(f"Invalid beta in betas: {beta} - should be >= 0 and < 1.")
-    if not _is_number(group["p"]):
+    if not is_number(group["p"]):
         raise ValueError(f"Invalid p: {group['p']!r} - should be a finite number, such as 0.5.")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite real number (`True` and `False` are not)."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
