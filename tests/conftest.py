@@ -63,17 +63,16 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     )
 
 
-def tiny_bert(num_labels: int = 2) -> BertForSequenceClassification:
+def tiny_bert(vocab_size: int = VOCAB) -> BertForSequenceClassification:
     torch.manual_seed(0)
     return BertForSequenceClassification(
         BertConfig(
-            vocab_size=VOCAB,
+            vocab_size=vocab_size,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=64,
-            num_labels=num_labels,
         )
     )
 

@@ -108,13 +108,7 @@ def test_ctrl_c_leaves_a_run_that_the_same_command_finishes_with_the_same_bits(c
 @pytest.mark.parametrize("kind", ["tsv", "csv", "json", "parquet"])
 def test_classification_from_local_files(kind, language_model, tmp_path, capsys):
     bert = tmp_path / "bert"
-    tiny_bert().save_pretrained(bert)
-    config = json.loads((bert / "config.json").read_text())
-    (bert / "config.json").write_text(json.dumps({**config, "vocab_size": 512}))
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    BertModel(BertConfig.from_pretrained(bert)).save_pretrained(bert)
+    tiny_bert(vocab_size=512).bert.save_pretrained(bert)
     AutoTokenizer.from_pretrained(language_model).save_pretrained(bert)
     rows = [{"text": f'a "{word}" film , number {i}', "label": label} for i in range(40) for word, label in WORDS]
     header = []
@@ -194,8 +188,7 @@ def test_bad_input_is_told_in_one_line_before_any_work(command, flags, message, 
         code = error.code
     assert code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("finetune.py: error:") or "error:" in last
-    assert message in last
+    assert "error:" in last and message in last
 
 
 def test_yaml_keys_are_checked_and_flags_win(command, tmp_path, capsys):

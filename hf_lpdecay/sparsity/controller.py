@@ -121,8 +121,7 @@ class SparsityController:
         self.ramp = ramp
         self.pattern = parse_pattern(config.pattern)
         self._dims = {param: (input_dims or {}).get(name, 1) for name, param in params.items()}
-        for name, param in params.items():
-            self.pattern.check(name, param, self._dims[param])
+        self.pattern.check_all(params, input_dims or {})
         self._ids = {id(param) for param in params.values()}
 
     @torch.no_grad()
@@ -155,9 +154,9 @@ class SparsityController:
         if self.config.scope == "global":
             counts = sum(histogram(self._size(param)) for param in self.params.values())
             threshold = lower_edge(counts, max(1, self.pattern.count(sparsity, self._numel())))
+        self._freeze_zeros()
         power = 2.0 - self.config.p
         for group, lr in zip(self.optimizer.param_groups, summed_lr):
-            group["freeze_zeros"] = group["freeze_zeros"] or bool(self._selected(group))
             for param in self._selected(group):
                 if self.config.scope == "layer":
                     due = max(1, self.pattern.count(sparsity, param.numel()))
@@ -180,6 +179,9 @@ class SparsityController:
         params = list(self.params.values())
         for competitors in [params] if self.config.scope == "global" else [[param] for param in params]:
             self._cut_smallest(competitors, self.pattern.count(sparsity, sum(p.numel() for p in competitors)))
+        self._freeze_zeros()
+
+    def _freeze_zeros(self) -> None:
         for group in self.optimizer.param_groups:
             group["freeze_zeros"] = group["freeze_zeros"] or bool(self._selected(group))
 

@@ -20,6 +20,16 @@ class Unstructured:
         """How many rows of a weight must be seen together to tell who is small."""
         return 1
 
+    def check_all(self, params: dict[str, Tensor], dims: dict[str, int]) -> None:
+        """Raise a `ValueError` that names the first weight which cannot be cut into the pattern's groups.
+
+        Args:
+            params (`dict[str, torch.Tensor]`): The weights by name.
+            dims (`dict[str, int]`): For each weight the dimension of its input features, 1 if it is left out.
+        """
+        for name, param in params.items():
+            self.check(name, param, dims.get(name, 1))
+
     def check(self, name: str, param: Tensor, dim: int) -> None:
         """Raise a `ValueError` if a weight cannot be cut into the pattern's groups.
 

@@ -82,9 +82,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._advance(state.global_step, optimizer, kwargs["lr_scheduler"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if self._activations is not None:
-            self._activations.finish()
-            self._activations = None
+        self._finish_gathering()
         if self._ramp is not None and state.global_step < self._ramp.end and state.is_world_process_zero:
             logger.warning_once(
                 f"Training stopped after step {state.global_step}, before the ramp's end at step {self._ramp.end}: the"
@@ -118,10 +116,14 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     def _advance(self, step: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         if self._controller is not None:
-            if self._activations is not None and step == self._ramp.start:
-                self._activations.finish()
-                self._activations = None
+            if step == self._ramp.start:
+                self._finish_gathering()
             self._controller.after_step(step, _summed_lr(optimizer, scheduler))
+
+    def _finish_gathering(self) -> None:
+        if self._activations is not None:
+            self._activations.finish()
+            self._activations = None
 
     def _check_same_config(self, state: TrainerState) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)

@@ -40,9 +40,7 @@ class LpDecayMixin:
         self._check_can_decay()
         # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
         selected = select_parameters(self.model, lp_config.target_modules, lp_config.exclude_modules)
-        dims, pattern = input_dims(self.model), parse_pattern(lp_config.pattern)
-        for name, param in selected.items():
-            pattern.check(name, param, dims[name])
+        parse_pattern(lp_config.pattern).check_all(selected, input_dims(self.model))
         self._lp_names = list(selected)
         self.add_callback(SparsityCallback(lp_config, self._lp_names))
         # Made now as well: when a run is resumed, the model is no longer what it was when training began.
