@@ -68,6 +68,60 @@ def test_agrees_with_the_float64_twin(p, planned, fused):
         assert torch.allclose(result, expected, rtol=tolerance, atol=tolerance), (result - expected).abs().max()
 
 
+@pytest.mark.parametrize("variant", [{"post_step": True}, {"s_rate": 0.3}, {"post_step": True, "s_rate": 0.3}])
+@pytest.mark.parametrize("p", [-1, 0.5, 1, 2, 3])
+@pytest.mark.parametrize("planned", [False, True])
+def test_variants_agree_with_the_float64_twin(p, planned, variant):
+    (param,) = make_params(torch.float64, shapes=[(9, 6)])
+    param.data[0, 0] = 0.0
+    optimizer = LpAdamW([param], **OPTIONS, p=p, lp_lambda=1e-3, freeze_zeros=planned, **variant)
+    twin = {}
+    if planned:
+        row = torch.linspace(0.5, 2, 9, dtype=torch.float64)[:, None]
+        col = torch.linspace(2, 0.5, 6, dtype=torch.float64)[None, :]
+        twin = {"threshold": 0.8, "h": (row * col).flatten(), "freeze_zeros": True}
+        optimizer.state[param].update(lp_threshold=0.8, lp_row=row, lp_col=col)
+    twin = ReferenceLpAdamW(param.detach().flatten(), **OPTIONS, p=p, lp_lambda=1e-3, **twin, **variant)
+    for step in range(100):
+        set_grads([param], step)
+        twin.step(param.grad.flatten())
+        optimizer.step()
+    expected = torch.tensor(twin.w, dtype=torch.float64).view_as(param)
+    assert torch.allclose(param, expected, rtol=1e-10, atol=1e-10), (param - expected).abs().max()
+    assert ("lp_s" in optimizer.state[param]) == ("s_rate" in variant)
+
+
+def test_zero_absorbs_in_the_variants_only_if_frozen():
+    for variant in ({"post_step": True}, {"s_rate": 0.5}):
+        for freeze in (False, True):
+            (param,) = make_params(shapes=[(50,)])
+            optimizer = LpAdamW([param], lr=1e-2, p=0.5, lp_lambda=1e-9, freeze_zeros=freeze, **variant)
+            set_grads([param], 0)
+            optimizer.step()
+            param.data[::2] = 0.0
+            optimizer.step()
+            assert (param[::2] == 0).all() == freeze and param.isfinite().all()
+
+
+def test_the_state_of_the_s_dynamics_is_resumed_and_stays_float32():
+    for dtype in (torch.float32, torch.bfloat16):
+        params = make_params(dtype)
+        options = {**OPTIONS, "p": 0.5, "lp_lambda": 1e-2, "s_rate": 0.1, "stochastic_rounding": False}
+        optimizer = LpAdamW(params, **options)
+        for step in range(3):
+            set_grads(params, step)
+            optimizer.step()
+        copied = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        resumed = LpAdamW(copied)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert resumed.state[copied[0]]["lp_s"].dtype == torch.float32
+        set_grads(params, 3)
+        set_grads(copied, 3)
+        optimizer.step()
+        resumed.step()
+        assert all(torch.equal(a, b) for a, b in zip(params, copied))
+
+
 finite = st.floats(-(2.0**100), 2.0**100, width=32)
 size = st.floats(0, 2.0**100, width=32)
 norm = st.floats(-20, 6)
@@ -96,11 +150,23 @@ def test_small_weights_decay_more(r, factor, lr, lp_lambda, p):
     assert denominator(larger, lr, lp_lambda, p) <= denominator(r, lr, lp_lambda, p) * (1 + 1e-5)
 
 
-@given(w=finite, grad=finite, lr=st.floats(0, 1), lp_lambda=strength, p=norm, freeze=st.booleans())
-def test_no_finite_input_gives_nan(w, grad, lr, lp_lambda, p, freeze):
+@given(
+    w=finite,
+    grad=finite,
+    lr=st.floats(0, 1),
+    lp_lambda=strength,
+    p=norm,
+    freeze=st.booleans(),
+    post=st.booleans(),
+    rate=st.sampled_from([1.0, 0.3]),
+)
+def test_no_finite_input_gives_nan(w, grad, lr, lp_lambda, p, freeze, post, rate):
     param = torch.nn.Parameter(torch.tensor([w, 0.0, -0.0, 1e-42, -1e-45, 1e-38], dtype=torch.float32))
     param.grad = torch.full_like(param, min(max(grad, -1e15), 1e15))
-    LpAdamW([param], lr=lr, p=p, lp_lambda=lp_lambda, freeze_zeros=freeze).step()
+    options = {"freeze_zeros": freeze, "post_step": post, "s_rate": rate}
+    optimizer = LpAdamW([param], lr=lr, p=p, lp_lambda=lp_lambda, **options)
+    for _ in range(2):
+        optimizer.step()
     assert param.isfinite().all()
 
 
@@ -313,6 +379,8 @@ def test_moments_of_low_precision_weights_stay_float32_when_loaded():
         ({"lp_lambda": math.inf}, "lp_lambda: inf"),
         ({"p": math.nan}, "p: nan"),
         ({"p": "half"}, "p: 'half'"),
+        ({"s_rate": 0.0}, "s_rate: 0.0"),
+        ({"s_rate": 1.5}, "s_rate: 1.5"),
         ({"betas": (0.9, 1.0)}, "beta in betas: 1.0"),
         ({"eps": -1e-8}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay"),

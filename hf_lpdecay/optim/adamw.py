@@ -46,6 +46,12 @@ class LpAdamW(torch.optim.Optimizer):
         p (`float`, *optional*, defaults to `0.8`): The norm. ``p <= 0`` is accepted, beyond the paper.
         lp_lambda (`float`, *optional*, defaults to `0.0`): Strength ``>= 0``, in the paper's convention.
         freeze_zeros (`bool`, *optional*, defaults to `False`): Keep every exact zero at zero, at any `lp_lambda`.
+        post_step (`bool`, *optional*, defaults to `False`): Take the size of a weight after AdamW's step instead of
+            before it. Zero does not absorb then: combine it with `freeze_zeros`.
+        s_rate (`float`, *optional*, defaults to `1.0`): The s-dynamics of the paper: with a rate in (0, 1) the weight
+            is divided by ``1 + lr * lp_lambda / s``, where ``s`` starts as ``|w| ** (2 - p)`` and, at the beginning
+            of each decay, moves towards it: ``s += s_rate * (|w| ** (2 - p) - s)``. A state tensor ``lp_s`` for each
+            parameter, and zero does not absorb. At 1 ``s`` is ``|w| ** (2 - p)``, and no state is kept.
         fused (`bool`, *optional*): Whether torch's fused AdamW kernel does the AdamW part. `None` uses it on a CPU or
             CUDA device; `True` raises where there is none. Tensors that are not contiguous go without.
         stochastic_rounding (`bool`, *optional*): How bfloat16 and float16 weights are written. `None` means `True`;
@@ -73,6 +79,8 @@ class LpAdamW(torch.optim.Optimizer):
         p: float = 0.8,
         lp_lambda: float = 0.0,
         freeze_zeros: bool = False,
+        post_step: bool = False,
+        s_rate: float = 1.0,
         fused: bool | None = None,
         stochastic_rounding: bool | None = None,
     ):
@@ -84,6 +92,8 @@ class LpAdamW(torch.optim.Optimizer):
             "p": p,
             "lp_lambda": lp_lambda,
             "freeze_zeros": freeze_zeros,
+            "post_step": post_step,
+            "s_rate": s_rate,
             "fused": fused,
             "stochastic_rounding": stochastic_rounding,
         }
@@ -135,7 +145,12 @@ class LpAdamW(torch.optim.Optimizer):
         lr = float(group["lr"])
         lp_lambda = state.get("lp_lambda", group["lp_lambda"])
         pattern = group.get("pattern")
+        if group["s_rate"] < 1 and lr > 0 and lp_lambda > 0 and "lp_s" not in state:
+            # Below zero: not set yet.
+            state["lp_s"] = torch.full_like(state["exp_avg"], -1.0)
         tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+        if group["s_rate"] < 1 and "lp_s" in state:
+            tensors += (state["lp_s"],)
         contiguous = all(tensor.is_contiguous() for tensor in tensors)
         hyperparameters = {
             "lr": lr,
@@ -145,6 +160,8 @@ class LpAdamW(torch.optim.Optimizer):
             "p": group["p"],
             "lp_lambda": lp_lambda,
             "freeze_zeros": group["freeze_zeros"],
+            "post_step": group["post_step"],
+            "s_rate": group["s_rate"],
             "threshold": state.get("lp_threshold"),
             "pattern": pattern,
             "dim": state.get("lp_dim", 1),
@@ -154,17 +171,18 @@ class LpAdamW(torch.optim.Optimizer):
             rounding = group["stochastic_rounding"] is not False
             for pieces, row, col in _chunks(tensors, state, contiguous and pattern is None):
                 weight = pieces[0].float()
-                lp_adamw_(
-                    weight, pieces[1].float(), *pieces[2:], state["step"].clone(), row=row, col=col, **hyperparameters
-                )
+                grad, exp_avg, exp_avg_sq, *s = pieces[1:]
+                moments = (exp_avg, exp_avg_sq, state["step"].clone(), *s)
+                lp_adamw_(weight, grad.float(), *moments, row=row, col=col, **hyperparameters)
                 pieces[0].copy_(stochastic_round(weight, param.dtype) if rounding else weight)
             state["step"] += 1
         elif (lr > 0 and lp_lambda > 0) or group["freeze_zeros"]:
             for pieces, row, col in _chunks(tensors, state, contiguous and pattern is None):
-                lp_adamw_(*pieces, state["step"].clone(), row=row, col=col, **hyperparameters)
+                moments = (*pieces[2:4], state["step"].clone(), *pieces[4:])
+                lp_adamw_(*pieces[:2], *moments, row=row, col=col, **hyperparameters)
             state["step"] += 1
         else:  # nothing but AdamW, which needs no scratch
-            lp_adamw_(*tensors, state["step"], **hyperparameters)
+            lp_adamw_(*tensors[:4], state["step"], **hyperparameters)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load an optimizer state, from this class or from `torch.optim.AdamW`.
@@ -230,6 +248,8 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
             raise ValueError(f"Invalid beta in betas: {beta} - should be >= 0 and < 1.")
     if not is_number(group["p"]):
         raise ValueError(f"Invalid p: {group['p']!r} - should be a finite number, such as 0.5.")
+    if not is_number(group["s_rate"]) or not 0 < group["s_rate"] <= 1:
+        raise ValueError(f"Invalid s_rate: {group['s_rate']!r} - should be > 0 and <= 1; 1 is no s-dynamics.")
 
 
 def is_number(value: Any) -> bool:

@@ -5,6 +5,9 @@ Reference: "Decoupled Weight Decay for Any p Norm", Outmezguine and Levi, arXiv 
 
     w_hat = w - alpha * u
     w_new = w_hat / (1 + alpha * lambda * r ** (p - 2))          r = |w|, or |w| times an importance
+
+Two variations that the authors name: `post_step` takes r from ``|w_hat|``, and s-dynamics puts ``1 / s`` in place of
+``r ** (p - 2)``, with an s that follows ``r ** (2 - p)``.
 """
 
 import math
@@ -37,6 +40,22 @@ def decay_denominator_(r: Tensor, lr: float, lp_lambda: float, p: float) -> Tens
     if p == 2:  # 0 * log2(0) would be NaN
         return r.fill_(1.0 + 2.0 ** min(log2_strength, 1023.0))
     return r.log2_().mul_(p - 2).add_(log2_strength).exp2_().add_(1.0)
+
+
+def follow_size_(s: Tensor, r: Tensor, p: float, rate: float) -> None:
+    """Move ``s`` towards ``r ** (2 - p)``, in place: ``s += rate * (r ** (2 - p) - s)``, the s-dynamics of the paper.
+
+    Args:
+        s (`torch.Tensor`): What the decay acts by, float32 or float64, any shape, ``>= 0``; an entry below zero is
+            taken as not set yet, and becomes ``r ** (2 - p)``. Overwritten.
+        r (`torch.Tensor`): Size of each weight, finite or infinite and ``>= 0``, shaped and typed like `s`.
+        p (`float`): The norm.
+        rate (`float`): In (0, 1].
+    """
+    target = torch.full_like(r, 1.0) if p == 2 else r.log2().mul_(2 - p).exp2_()
+    # An infinite s would never come back.
+    target.clamp_max_(torch.finfo(r.dtype).max)
+    s.copy_(torch.where(s < 0, target, s.lerp(target, rate)))
 
 
 def structured_size(r: Tensor, pattern: str, dim: int = 1) -> Tensor:
@@ -78,6 +97,7 @@ def lp_adamw_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
+    s: Tensor | None = None,
     *,
     lr: float,
     betas: tuple[float, float],
@@ -86,6 +106,8 @@ def lp_adamw_(
     p: float,
     lp_lambda: float,
     freeze_zeros: bool,
+    post_step: bool = False,
+    s_rate: float = 1.0,
     threshold: float | None = None,
     row: Tensor | None = None,
     col: Tensor | None = None,
@@ -105,6 +127,10 @@ def lp_adamw_(
         lr, betas, eps, weight_decay: As in `torch.optim.AdamW`.
         p, lp_lambda (`float`): See [`decay_denominator_`].
         freeze_zeros (`bool`): Keep every exact zero at zero, whatever the decay does.
+        post_step (`bool`, *optional*, defaults to `False`): Take the size from the weight after AdamW's step.
+        s (`torch.Tensor`, *optional*): State of the s-dynamics, shaped like `param`, see [`follow_size_`]. It is moved
+            first and then used: the denominator is ``1 + lr * lp_lambda / s``.
+        s_rate (`float`, *optional*, defaults to `1.0`): Rate of the s-dynamics; only matters with `s`.
         threshold (`float`, *optional*): Trim: weights with ``r >= threshold`` are exempt from the decay.
         row, col (`torch.Tensor`, *optional*): Importance factors that broadcast over `param`, ``r = |w| * row * col``.
         pattern (`str`, *optional*): Who competes with whom, see [`structured_size`].
@@ -113,9 +139,9 @@ def lp_adamw_(
     """
     decays = lr > 0 and lp_lambda > 0
     # The decay itself then keeps zeros at zero.
-    absorbs = decays and p < 2 and threshold != 0 and pattern is None
-    r = param.abs() if decays or freeze_zeros else None
-    zero = r == 0 if freeze_zeros and not absorbs else None
+    absorbs = decays and p < 2 and threshold != 0 and pattern is None and not post_step and s is None
+    r = param.abs() if decays and not post_step else None
+    zero = param == 0 if freeze_zeros and not absorbs else None
     adamw(
         [param],
         [grad],
@@ -134,11 +160,16 @@ def lp_adamw_(
         maximize=False,
     )
     if decays:
+        if post_step:
+            r = param.abs()
         if row is not None:
             r.mul_(row).mul_(col)
         if pattern is not None:
             r = structured_size(r, pattern, dim)
         exempt = r >= threshold if threshold is not None else None
+        if s is not None:
+            follow_size_(s, r, p, s_rate)
+            r, p = s.clone(), 1.0  # 1 / s is s ** (1 - 2)
         denominator = decay_denominator_(r, lr, lp_lambda, p)
         if exempt is not None:
             denominator.masked_fill_(exempt, 1.0)
