@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .optim.adamw import is_number
-from .sparsity.patterns import SemiStructured, parse_pattern
+from .sparsity.patterns import SemiStructured, Structured, parse_pattern
 
 
 @dataclass
@@ -22,8 +22,16 @@ class LpDecayConfig:
     Args:
         p (`float`, *optional*, defaults to `0.8`): The norm. Below 1 small weights become exactly zero. Must be below
             2 with a target. ``p <= 0`` is accepted, beyond the paper, and comes ever closer to a hard cut.
+        p_start (`float`, *optional*): The norm at the start of the ramp, from where it goes to `p` in a straight line.
+            Must be below 2 with a target.
         lp_lambda (`float`, *optional*): Strength of the decay, ``>= 0``, in the paper's convention; the authors' code
             has ``p * lambda`` in its place.
+        lp_lambda_schedule (`str`, *optional*, defaults to `"constant"`): Whether `lp_lambda` holds throughout, or
+            rises from zero over the ramp: `"linear"` or `"cubic"` (fast at first). With a target the strength is
+            planned instead.
+        post_step (`bool`, *optional*, defaults to `False`): Take a weight's size after AdamW's step, not before it.
+        s_rate (`float`, *optional*, defaults to `1.0`): The s-dynamics: what the decay divides by follows
+            ``r ** (2 - p)`` with this rate, in (0, 1], instead of at once. Below 1 it costs a state tensor.
         target_sparsity (`float`, *optional*): Fraction of the selected weights that shall be zero, in (0, 1).
         target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): Which modules take part, as PEFT
             spells it: a list of name suffixes, a string that is a regular expression for the whole name, or
@@ -31,8 +39,10 @@ class LpDecayConfig:
         exclude_modules (`list[str]` or `str`, *optional*): Which of them do not, spelt alike.
         pattern (`str`, *optional*, defaults to `"unstructured"`): Who competes with whom for being zero: every weight
             for itself; `"n:m"`, such as `"2:4"`: n of any m consecutive weights along the input features survive, which
-            says the target as well; `"block:RxC"`: tiles of R output and C input features are zero as one. The latter
-            two need a target.
+            says the target as well; `"block:RxC"`: tiles of R output and C input features are zero as one;
+            `"neurons"`: the rows and the column of a feed-forward's hidden unit are; `"heads"`: the rows and columns
+            of an attention head are, or those of a key/value group and its heads. The target is then the fraction of
+            the neurons or heads of each layer. All but the first need a target.
         scope (`str`, *optional*, defaults to `"layer"`): `"layer"` makes every tensor equally sparse, `"global"` ranks
             all weights together. Only matters with a target.
         importance (`str`, *optional*): What "small" means. `"magnitude"` is ``|w|``; `"adam"` is ``|w|`` times the
@@ -41,8 +51,11 @@ class LpDecayConfig:
             a target and `"magnitude"` (the paper's, and the only choice) without.
         trim (`bool`, *optional*): Decay only the weights that are due before the next plan, so that the survivors are
             not shrunk. Defaults to `True` with a target; impossible without.
+        calibration_batches (`int`, *optional*, defaults to 0): Batches whose gradients are looked at before training
+            begins, without a step, so that the `"adam"` importance knows something from the start and the ramp can
+            begin at once. Otherwise it waits for 5 steps.
         ramp_start (`float`, *optional*, defaults to `0.0`): Where the ramp starts, as a fraction of all steps, though
-            never before the learning rate has warmed up. Only matters with a target, like the two below.
+            never before the learning rate has warmed up with a target. Only matters with a target or a schedule.
         ramp_end (`float`, *optional*, defaults to `0.7`): Where the ramp ends, as a fraction of all steps.
         num_plans (`int`, *optional*, defaults to `20`): How often in the ramp the strength is planned anew.
         freeze_zeros (`bool`, *optional*, defaults to `False`): Keep every weight that is exactly zero at zero, from
@@ -60,9 +73,15 @@ class LpDecayConfig:
     """
 
     p: float = field(default=0.8, metadata={"help": "The norm; below 1 weights become exactly zero."})
+    p_start: float | None = field(default=None, metadata={"help": "The norm at the start of the ramp, if not p."})
     lp_lambda: float | None = field(
         default=None, metadata={"help": "Constant strength of the decay (instead of target_sparsity)."}
     )
+    lp_lambda_schedule: Literal["constant", "linear", "cubic"] = field(
+        default="constant", metadata={"help": "Whether lp_lambda holds throughout or rises from zero over the ramp."}
+    )
+    post_step: bool = field(default=False, metadata={"help": "Take a weight's size after AdamW's step."})
+    s_rate: float = field(default=1.0, metadata={"help": "Rate of the s-dynamics; 1 is without."})
     target_sparsity: float | None = field(
         default=None, metadata={"help": "Fraction of the selected weights to make zero (instead of lp_lambda)."}
     )
@@ -75,7 +94,7 @@ class LpDecayConfig:
     )
     pattern: str = field(
         default="unstructured",
-        metadata={"help": "Who competes with whom for being zero: 'unstructured', 'n:m' or 'block:RxC'."},
+        metadata={"help": "What is zero as one: 'unstructured', 'n:m', 'block:RxC', 'neurons' or 'heads'."},
     )
     scope: Literal["layer", "global"] = field(
         default="layer", metadata={"help": "Whether each tensor or all of them together meet the target."}
@@ -85,6 +104,9 @@ class LpDecayConfig:
     )
     trim: bool | None = field(
         default=None, metadata={"help": "Exempt the weights that are not due. Defaults to True with a target."}
+    )
+    calibration_batches: int = field(
+        default=0, metadata={"help": "Batches whose gradients are looked at before training begins."}
     )
     ramp_start: float = field(default=0.0, metadata={"help": "Start of the ramp, as a fraction of all steps."})
     ramp_end: float = field(default=0.7, metadata={"help": "End of the ramp, as a fraction of all steps."})
@@ -97,13 +119,18 @@ class LpDecayConfig:
     distill_hidden: float = field(default=0.0, metadata={"help": "Weight of the hidden states in it (SquareHead)."})
 
     def __post_init__(self):
-        if not is_number(self.p):
-            raise ValueError(f"Invalid p: {self.p!r} - should be a finite number, such as 0.5.")
+        for name in ("p", "p_start"):
+            value = getattr(self, name)
+            if not is_number(value) and not (value is None and name == "p_start"):
+                raise ValueError(f"Invalid {name}: {value!r} - should be a finite number, such as 0.5.")
+        if not is_number(self.s_rate) or not 0 < self.s_rate <= 1:
+            raise ValueError(f"Invalid s_rate: {self.s_rate!r} - should be > 0 and <= 1, where 1 is no s-dynamics.")
         self._check_pattern()
         self._check_target_or_lambda()
         for name, choices in (
             ("scope", ("layer", "global")),
             ("importance", ("adam", "activation", "magnitude", None)),
+            ("lp_lambda_schedule", ("constant", "linear", "cubic")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"Invalid {name}: {getattr(self, name)!r} - should be one of {choices}.")
@@ -115,8 +142,10 @@ class LpDecayConfig:
             raise ValueError(
                 f"Invalid ramp: ramp_end={self.ramp_end} - should be greater than ramp_start={self.ramp_start}."
             )
-        if not isinstance(self.num_plans, int) or isinstance(self.num_plans, bool) or self.num_plans < 1:
-            raise ValueError(f"Invalid num_plans: {self.num_plans!r} - should be a whole number >= 1.")
+        for name, least in (("num_plans", 1), ("calibration_batches", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Invalid {name}: {value!r} - should be a whole number >= {least}.")
         for name in ("distill_weight", "distill_temperature", "distill_hidden"):
             value = getattr(self, name)
             if not is_number(value) or value < 0 or (value == 0 and name == "distill_temperature"):
@@ -136,8 +165,16 @@ class LpDecayConfig:
                     f"pattern={self.pattern!r} leads to a sparsity of {pattern.sparsity}, but"
                     f" target_sparsity={self.target_sparsity}: leave the target out, or take another pattern."
                 )
-        if pattern.spec is not None and self.lp_lambda is not None:
+        if self.pattern != "unstructured" and self.lp_lambda is not None:
             raise ValueError(f"pattern={self.pattern!r} needs a target_sparsity instead of lp_lambda={self.lp_lambda}.")
+        if isinstance(pattern, Structured):
+            if self.target_sparsity is None:
+                raise ValueError(f"pattern={self.pattern!r} needs a target_sparsity, such as 0.5.")
+            if self.scope == "global":
+                raise ValueError(
+                    f"pattern={self.pattern!r} with scope='global' would leave the layers with different numbers of"
+                    f" {self.pattern}, which a model's config.json cannot say: use scope='layer'."
+                )
 
     def _check_target_or_lambda(self):
         target, lp_lambda = self.target_sparsity, self.lp_lambda
@@ -161,11 +198,13 @@ class LpDecayConfig:
                     f"Invalid target_sparsity: {target!r} - should be a fraction between 0 and 1, such as 0.5 for half"
                     " of the weights."
                 )
-            if self.p >= 2:
-                raise ValueError(
-                    f"Invalid p: {self.p} - should be below 2 with a target_sparsity, since no decay with p >= 2 makes"
-                    " a weight zero. Take p=0.5, or lp_lambda instead of a target."
-                )
+            for name in ("p", "p_start"):
+                value = getattr(self, name)
+                if value is not None and value >= 2:
+                    raise ValueError(
+                        f"Invalid {name}: {value} - should be below 2 with a target_sparsity, since no decay with"
+                        " p >= 2 makes a weight zero. Take 0.5, or lp_lambda instead of a target."
+                    )
 
     def _normalize_modules(self, name: str):
         value = getattr(self, name)
@@ -181,13 +220,28 @@ class LpDecayConfig:
 
     def _resolve_defaults(self):
         if self.target_sparsity is None:
-            if self.importance not in (None, "magnitude") or self.trim:
-                option = "trim=True" if self.trim else f"importance={self.importance!r}"
-                raise ValueError(
-                    f"{option} needs a target_sparsity: a decay of constant strength is the paper's plain method. Give"
-                    " target_sparsity instead of lp_lambda, or leave the option out."
-                )
+            planned = {
+                "importance": self.importance not in (None, "magnitude") and self.importance,
+                "trim": self.trim,
+                "calibration_batches": self.calibration_batches,
+            }
+            for name, value in planned.items():
+                if value:
+                    raise ValueError(
+                        f"{name}={value!r} needs a target_sparsity: a decay of given strength is the paper's plain"
+                        " method. Give target_sparsity instead of lp_lambda, or leave the option out."
+                    )
             self.importance, self.trim = "magnitude", False
-        else:
-            self.importance = "adam" if self.importance is None else self.importance
-            self.trim = True if self.trim is None else self.trim
+            return
+        self.importance = "adam" if self.importance is None else self.importance
+        self.trim = True if self.trim is None else self.trim
+        if self.calibration_batches and self.importance != "adam":
+            raise ValueError(
+                f"calibration_batches={self.calibration_batches} is for importance='adam', but it is"
+                f" {self.importance!r}: leave one of them out."
+            )
+        if self.lp_lambda_schedule != "constant":
+            raise ValueError(
+                f"lp_lambda_schedule={self.lp_lambda_schedule!r} needs lp_lambda: with a target_sparsity the strength"
+                " is planned."
+            )

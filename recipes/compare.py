@@ -109,7 +109,7 @@ def run(script, lp_config: LpDecayConfig, args, method: str, seed: int) -> dict[
     # Without the autocast that the Trainer wrapped around the model's forward.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     after = evaluate_model(model, "after")
-    sparsity = measure_sparsity(model, config.target_modules, config.exclude_modules).sparsity
+    sparsity = measure_sparsity(model, trainer.lp_modules).sparsity
     ((metric, value),) = after.items()
     del trainer, model
     gc.collect()

@@ -207,7 +207,7 @@ def head(dataset, size: int | None):
 def write_report(script, lp_config, trainer, model, results: dict[str, dict[str, float]], seconds: float) -> None:
     """Write sparsity.json and sparsity.png beside the model, and say what came out."""
     args, folder = trainer.args, Path(trainer.args.output_dir)
-    report = measure_sparsity(model, lp_config.target_modules, lp_config.exclude_modules)
+    report = measure_sparsity(model, trainer.lp_modules)
     validation = trainer.eval_dataset
     report.to_json(
         folder / "sparsity.json",

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hf_lpdecay import LpAdamW, LpDecayConfig, LpDecayTrainer
-from hf_lpdecay.sparsity import Ramp, SparsityController, input_dims, select_parameters
+from hf_lpdecay.sparsity import Ramp, SparsityController, input_dims, participants, selected_units
 
 
 # The same examples in every run, and no failure because a machine is slow.
@@ -96,10 +96,11 @@ def token_rows(rows: int = 64, length: int = 16, seed: int = 0) -> list[dict[str
 def controlled(target=0.5, scope="layer", importance="adam", model=None, **options):
     model = model or tiny_llama()
     config = LpDecayConfig(p=0.5, target_sparsity=target, scope=scope, importance=importance, **options)
-    params = select_parameters(model, exclude_modules=config.exclude_modules)
+    params = participants(model, config)
     optimizer = LpAdamW([{"params": list(params.values())}], lr=1e-3, p=config.p)
     ramp = Ramp.from_config(config, 50)
-    return params, optimizer, SparsityController(config, params, optimizer, ramp, input_dims(model))
+    units = selected_units(model, config, params)
+    return params, optimizer, SparsityController(config, params, optimizer, ramp, input_dims(model), units)
 
 
 def drive(params, optimizer, controller, steps, lr=1e-3):
@@ -107,6 +108,7 @@ def drive(params, optimizer, controller, steps, lr=1e-3):
     for step in range(1, steps + 1):
         for param in params.values():
             param.grad = torch.randn(param.shape, generator=generator) * 1e-3
+        controller.before_step()
         optimizer.step()
         controller.after_step(step, lambda steps: [lr * steps])
 

@@ -30,8 +30,9 @@ class LpAdamW(torch.optim.Optimizer):
     Parameters without a gradient are left alone. Every hyperparameter lives in `param_groups`. A parameter may carry
     a plan of its own in its state, which [`~hf_lpdecay.sparsity.SparsityController`] writes: ``lp_lambda`` (in place
     of the group's), ``lp_threshold`` (weights not below it are exempt), ``lp_row`` and ``lp_col`` (importance),
-    and for the pattern, if its group has a ``pattern``, ``lp_dim`` (the dimension of the input features) and
-    ``lp_rows`` (how many rows must be seen together).
+    ``lp_size`` (sizes of the units that the weights belong to, in place of their own), and for the pattern, if its
+    group has a ``pattern``, ``lp_dim`` (the dimension of the input features) and ``lp_rows`` (how many rows must be
+    seen together).
 
     bfloat16 and float16 weights are updated in float32 (moments are kept in float32 too) and written back with
     stochastic rounding, without which most of the decay would be lost.
@@ -169,17 +170,17 @@ class LpAdamW(torch.optim.Optimizer):
         }
         if param.dtype in _LOW_PRECISION:
             rounding = group["stochastic_rounding"] is not False
-            for pieces, row, col in _chunks(tensors, state, contiguous and pattern is None):
+            for pieces, factors in _chunks(tensors, state, contiguous and pattern is None):
                 weight = pieces[0].float()
                 grad, exp_avg, exp_avg_sq, *s = pieces[1:]
                 moments = (exp_avg, exp_avg_sq, state["step"].clone(), *s)
-                lp_adamw_(weight, grad.float(), *moments, row=row, col=col, **hyperparameters)
+                lp_adamw_(weight, grad.float(), *moments, **factors, **hyperparameters)
                 pieces[0].copy_(stochastic_round(weight, param.dtype) if rounding else weight)
             state["step"] += 1
         elif (lr > 0 and lp_lambda > 0) or group["freeze_zeros"]:
-            for pieces, row, col in _chunks(tensors, state, contiguous and pattern is None):
+            for pieces, factors in _chunks(tensors, state, contiguous and pattern is None):
                 moments = (*pieces[2:4], state["step"].clone(), *pieces[4:])
-                lp_adamw_(*pieces[:2], *moments, row=row, col=col, **hyperparameters)
+                lp_adamw_(*pieces[:2], *moments, **factors, **hyperparameters)
             state["step"] += 1
         else:  # nothing but AdamW, which needs no scratch
             lp_adamw_(*tensors[:4], state["step"], **hyperparameters)
@@ -220,20 +221,20 @@ class LpAdamW(torch.optim.Optimizer):
 
 
 def _chunks(tensors: tuple[Tensor, ...], state: dict[str, Any], flat: bool):
-    """Split equally shaped tensors into pieces of about `CHUNK` elements, with the importance factors of each piece."""
-    row, col = state.get("lp_row"), state.get("lp_col")
+    """Split equally shaped tensors into pieces of about `CHUNK` elements, with what broadcasts over each piece."""
+    factors = {name: state[f"lp_{name}"] for name in ("row", "col", "size") if f"lp_{name}" in state}
     shape = tensors[0].shape
-    if flat and row is None:
+    if flat and not factors:
         for pieces in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors)):
-            yield pieces, None, None
+            yield pieces, factors
     elif len(shape) < 2:
-        yield tensors, row, col
+        yield tensors, factors
     else:  # whole rows, so that the factors of the columns and the groups of a pattern fit each piece
         unit = state.get("lp_rows", 1)
         rows = max(1, CHUNK // (tensors[0].numel() // shape[0] or 1) // unit) * unit
-        factors = [None] * -(-shape[0] // rows) if row is None else row.split(rows)
-        for *pieces, factor in zip(*(tensor.split(rows) for tensor in tensors), factors):
-            yield pieces, factor, col
+        for start, *pieces in zip(range(0, shape[0], rows), *(tensor.split(rows) for tensor in tensors)):
+            own = {n: f[start : start + rows] if f.shape[0] == shape[0] else f for n, f in factors.items()}
+            yield pieces, own
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:

@@ -111,6 +111,7 @@ def lp_adamw_(
     threshold: float | None = None,
     row: Tensor | None = None,
     col: Tensor | None = None,
+    size: Tensor | None = None,
     pattern: str | None = None,
     dim: int = 1,
     fused: bool = False,
@@ -133,13 +134,15 @@ def lp_adamw_(
         s_rate (`float`, *optional*, defaults to `1.0`): Rate of the s-dynamics; only matters with `s`.
         threshold (`float`, *optional*): Trim: weights with ``r >= threshold`` are exempt from the decay.
         row, col (`torch.Tensor`, *optional*): Importance factors that broadcast over `param`, ``r = |w| * row * col``.
+        size (`torch.Tensor`, *optional*): Sizes that broadcast over `param`, in place of ``r``.
         pattern (`str`, *optional*): Who competes with whom, see [`structured_size`].
         dim (`int`, *optional*, defaults to 1): The dimension of the input features.
         fused (`bool`, *optional*, defaults to `False`): Use torch's fused AdamW kernel.
     """
     decays = lr > 0 and lp_lambda > 0
     # The decay itself then keeps zeros at zero.
-    absorbs = decays and p < 2 and threshold != 0 and pattern is None and not post_step and s is None
+    own_size = pattern is None and size is None
+    absorbs = decays and p < 2 and threshold != 0 and own_size and not post_step and s is None
     r = param.abs() if decays and not post_step else None
     zero = param == 0 if freeze_zeros and not absorbs else None
     adamw(
@@ -166,6 +169,8 @@ def lp_adamw_(
             r.mul_(row).mul_(col)
         if pattern is not None:
             r = structured_size(r, pattern, dim)
+        if size is not None:
+            r.copy_(size)
         exempt = r >= threshold if threshold is not None else None
         if s is not None:
             follow_size_(s, r, p, s_rate)

@@ -1,86 +1,24 @@
-"""Drives the decay to a target: when it acts, how strongly, on what, and the exact cut at the end."""
+"""Drives the decay to a target: how strongly it acts, on what, and the exact cut at the end."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..optim.functional import structured_size
+from .importance import importance_from_activations, importance_from_adam, importance_from_calibration
 from .patterns import parse_pattern
 from .quantiles import histogram, kth_smallest, lower_edge
+from .schedule import MIN_IMPORTANCE_STEPS, Ramp, norm
+from .units import Units
 
 
 if TYPE_CHECKING:  # it checks its pattern with this room
     from ..config import LpDecayConfig
 
 
-DENSE, DECAY, SETTLE = "dense", "decay", "settle"
-MIN_RAMP_STEPS = 10
-# AdamW's second moment and the activations say little before a few batches have been seen.
-_MIN_IMPORTANCE_STEPS = 5
-_PLAN = ("lp_lambda", "lp_threshold", "lp_row", "lp_col", "lp_dim", "lp_rows")
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """The schedule of a run that is driven to a target, in optimizer steps.
-
-    Args:
-        start (`int`): Steps taken before the first plan; the dense phase.
-        end (`int`): Steps taken when the target is cut exactly; the settle phase follows.
-        interval (`int`): Steps from one plan to the next.
-        target (`float`): Sparsity at the end.
-    """
-
-    start: int
-    end: int
-    interval: int
-    target: float
-
-    @classmethod
-    def from_config(cls, config: "LpDecayConfig", total_steps: int, warmup_steps: int = 0) -> "Ramp":
-        """Place the ramp of `config` in a run.
-
-        Args:
-            config (`LpDecayConfig`): With a `target_sparsity`.
-            total_steps (`int`): Optimizer steps in the run.
-            warmup_steps (`int`, *optional*, defaults to 0): Steps in which the learning rate warms up.
-
-        Raises:
-            ValueError: If the ramp has fewer than 10 steps.
-        """
-        start = max(round(config.ramp_start * total_steps), warmup_steps)
-        if config.importance != "magnitude":
-            start = max(start, _MIN_IMPORTANCE_STEPS)
-        end = round(config.ramp_end * total_steps)
-        if end - start < MIN_RAMP_STEPS:
-            raise ValueError(
-                f"The ramp would have {max(end - start, 0)} optimizer steps, from step {start} to {end} of"
-                f" {total_steps}, and needs {MIN_RAMP_STEPS}: train for more steps, warm up for fewer (now"
-                f" {warmup_steps}), or move ramp_start={config.ramp_start} and ramp_end={config.ramp_end} apart."
-            )
-        return cls(start, end, max(1, (end - start) // config.num_plans), config.target_sparsity)
-
-    def phase(self, step: int) -> str:
-        """The phase after `step` optimizer steps."""
-        if step < self.start:
-            return DENSE
-        return DECAY if step < self.end else SETTLE
-
-    def sparsity(self, step: int) -> float:
-        """The sparsity that is due after `step` optimizer steps: cubic (Zhu and Gupta, arXiv 1710.01878)."""
-        progress = min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
-        return self.target * (1.0 - (1.0 - progress) ** 3)
-
-    def next_plan(self, step: int) -> int | None:
-        """The step of the plan (or cut) after the one at `step`, or `None` if nothing is planned at `step`."""
-        if not self.start <= step < self.end or (step - self.start) % self.interval:
-            return None
-        following = step + self.interval
-        # A last interval shorter than the others would ask for the impossible: it joins the one before.
-        return following if following + self.interval <= self.end else self.end
+_PLAN = ("lp_lambda", "lp_threshold", "lp_row", "lp_col", "lp_size", "lp_dim", "lp_rows", "lp_row_sq", "lp_col_sq")
 
 
 class SparsityController:
@@ -102,6 +40,8 @@ class SparsityController:
         ramp (`Ramp`): The schedule.
         input_dims (`dict[str, int]`, *optional*): For each parameter the dimension of the input features, if it is
             not 1 (as in GPT-2's `Conv1D`).
+        units (`list[Units]`, *optional*): What is zero as one with the patterns `"neurons"` and `"heads"`; they
+            consist of `params`.
 
     Raises:
         ValueError: If a parameter's shape does not fit the pattern.
@@ -114,15 +54,30 @@ class SparsityController:
         optimizer: torch.optim.Optimizer,
         ramp: Ramp,
         input_dims: dict[str, int] | None = None,
+        units: list[Units] | None = None,
     ):
         self.config = config
         self.params = params
         self.optimizer = optimizer
         self.ramp = ramp
         self.pattern = parse_pattern(config.pattern)
-        self._dims = {param: (input_dims or {}).get(name, 1) for name, param in params.items()}
         self.pattern.check_all(params, input_dims or {})
+        self._units = units or []
+        self._dims = {param: (input_dims or {}).get(name, 1) for name, param in params.items()}
         self._ids = {id(param) for param in params.values()}
+        # Who is ranked together: all, each tensor, or the units of each feed-forward or attention.
+        tensors = list(params.values())
+        self._pools: list[list[Tensor] | Units] = self._units or (
+            [tensors] if config.scope == "global" else [[param] for param in tensors]
+        )
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Tell the optimizer how large each unit is now, which no weight shows by itself."""
+        for units in self._units:
+            if any("lp_lambda" in self.optimizer.state[param] for param in units.params):
+                for param, size in units.spread(units.size(self._size)):
+                    self.optimizer.state[param]["lp_size"] = size
 
     @torch.no_grad()
     def after_step(self, step: int, summed_lr: Callable[[int], list[float]]) -> None:
@@ -138,35 +93,44 @@ class SparsityController:
             return
         following = self.ramp.next_plan(step)
         if following is not None:
-            if self.config.importance == "adam":
-                self._importance_from_adam()
-            elif self.config.importance == "activation" and step == self.ramp.start:
-                self._importance_from_activations()
+            self._weigh(step)
             self._plan(step, following, summed_lr(following - step))
 
     def lp_lambda(self) -> float:
         """The strength that is planned now, averaged over the selected weights."""
         state = self.optimizer.state
-        return sum(state[p].get("lp_lambda", 0.0) * p.numel() for p in self.params.values()) / self._numel()
+        numel = sum(param.numel() for param in self.params.values())
+        return sum(state[p].get("lp_lambda", 0.0) * p.numel() for p in self.params.values()) / numel
+
+    def _weigh(self, step: int) -> None:
+        """Bring the importance up to date."""
+        weigh = None
+        if self.config.importance == "adam":
+            early = self.config.calibration_batches and step < MIN_IMPORTANCE_STEPS
+            weigh = importance_from_calibration if early else importance_from_adam
+        elif self.config.importance == "activation" and step == self.ramp.start:
+            weigh = importance_from_activations
+        if weigh is not None:
+            together = self.config.scope == "global" or bool(self._units)
+            weigh(list(self.params.values()), self._dims, self.optimizer.state, together)
 
     def _plan(self, step: int, following: int, summed_lr: list[float]) -> None:
-        sparsity = self.ramp.sparsity(following)
-        if self.config.scope == "global":
-            counts = sum(histogram(self._size(param)) for param in self.params.values())
-            threshold = lower_edge(counts, max(1, self.pattern.count(sparsity, self._numel())))
+        sparsity, p = self.ramp.sparsity(following), norm(self.config, self.ramp.progress(step))
+        thresholds = {}
+        for pool in self._pools:
+            counts = sum(histogram(size) for size in self._sizes(pool))
+            threshold = lower_edge(counts, max(1, self._count(pool, sparsity)))
+            thresholds.update(dict.fromkeys(_params(pool), threshold))
         self._freeze_zeros()
-        power = 2.0 - self.config.p
         for group, lr in zip(self.optimizer.param_groups, summed_lr):
             for param in self._selected(group):
-                if self.config.scope == "layer":
-                    due = max(1, self.pattern.count(sparsity, param.numel()))
-                    threshold = lower_edge(histogram(self._size(param)), due)
-                state = self.optimizer.state[param]
+                group["p"] = p
+                state, threshold = self.optimizer.state[param], thresholds[param]
                 if self.pattern.spec is not None:
                     group["pattern"] = self.pattern.spec
                     state["lp_dim"] = self._dims[param]
                     state["lp_rows"] = self.pattern.rows(self._dims[param])
-                state["lp_lambda"] = threshold**power / (power * lr) if lr > 0 else 0.0
+                state["lp_lambda"] = threshold ** (2 - p) / ((2 - p) * lr) if lr > 0 else 0.0
                 if self.config.trim:
                     state["lp_threshold"] = threshold
 
@@ -174,11 +138,18 @@ class SparsityController:
         """Set exactly the smallest weights to zero, as many as `sparsity` says, and freeze all zeros.
 
         Args:
-            sparsity (`float`): Fraction of each tensor, or of all of them together with `scope="global"`.
+            sparsity (`float`): Fraction of each tensor, of all of them together with `scope="global"`, or of the units
+                of each feed-forward or attention.
         """
-        params = list(self.params.values())
-        for competitors in [params] if self.config.scope == "global" else [[param] for param in params]:
-            self._cut_smallest(competitors, self.pattern.count(sparsity, sum(p.numel() for p in competitors)))
+        for pool in self._pools:
+            gone = _smallest(lambda: self._sizes(pool), self._count(pool, sparsity))  # noqa: B023
+            if isinstance(pool, Units):
+                (units,) = gone
+                for param, mask in pool.spread(units.float()):
+                    param.masked_fill_(mask > 0, 0.0)
+            else:
+                for param, mask in zip(pool, gone):
+                    param.masked_fill_(mask, 0.0)
         self._freeze_zeros()
 
     def _freeze_zeros(self) -> None:
@@ -193,19 +164,14 @@ class SparsityController:
             for name in _PLAN:
                 self.optimizer.state[param].pop(name, None)
 
-    def _cut_smallest(self, params: list[Tensor], count: int) -> None:
-        """Set exactly the `count` smallest weights to zero; among equals the first ones go."""
-        if count == 0:
-            return
-        threshold, below = kth_smallest(lambda: (self._size(param) for param in params), count)
-        spare = count - below
-        for param in params:
-            size = self._size(param).to(torch.float32).contiguous()
-            gone = size < threshold
-            equal = (size == threshold).view(-1).nonzero().view(-1)[:spare]
-            spare -= len(equal)
-            gone.view(-1)[equal] = True
-            param.masked_fill_(gone, 0.0)
+    def _count(self, pool: list[Tensor] | Units, sparsity: float) -> int:
+        if isinstance(pool, Units):
+            return round(sparsity * pool.count)
+        return self.pattern.count(sparsity, sum(param.numel() for param in pool))
+
+    def _sizes(self, pool: list[Tensor] | Units):
+        """`r` of all that are ranked together, one tensor at a time."""
+        return iter([pool.size(self._size)]) if isinstance(pool, Units) else (self._size(param) for param in pool)
 
     def _size(self, param: Tensor) -> Tensor:
         """`r`, what the plan ranks and the decay acts on: a new tensor, shaped like `param`."""
@@ -215,47 +181,25 @@ class SparsityController:
             size.mul_(state["lp_row"]).mul_(state["lp_col"])
         return size if self.pattern.spec is None else structured_size(size, self.pattern.spec, self._dims[param])
 
-    def _importance_from_adam(self) -> None:
-        """Factor AdamW's second moment, the expected squared gradient, into rows and columns.
-
-        ``h = sqrt(row mean * column mean) / mean`` estimates the root of the second moment from far fewer numbers
-        than it has, as Adafactor does (arXiv 1804.04235); ``(|w| * h) ** 2`` is then the optimal brain damage
-        saliency of a weight with the empirical Fisher for the curvature.
-        """
-        moments = {p: self.optimizer.state[p].get("exp_avg_sq") for p in self.params.values()}
-        means = {param: moment.mean() for param, moment in moments.items() if moment is not None}
-        for param, unit in self._units(means).items():
-            moment, mean, state = moments[param], means[param], self.optimizer.state[param]
-            state["lp_row"] = (moment.mean(1, keepdim=True) / unit).sqrt_()
-            state["lp_col"] = (moment.mean(0, keepdim=True) / mean).sqrt_()
-
-    def _importance_from_activations(self) -> None:
-        """``h`` is the root mean square of a weight's input feature, as in Wanda (arXiv 2306.11695)."""
-        squares = {}
-        for param in self.params.values():
-            state = self.optimizer.state[param]
-            if "lp_feature_sq" in state:
-                squares[param] = state.pop("lp_feature_sq") / state.pop("lp_feature_count")
-        for param, unit in self._units({param: square.mean() for param, square in squares.items()}).items():
-            feature = (squares[param] / unit).sqrt_().to(param.dtype)
-            rows, columns = feature[:, None], feature.new_ones(1, param.shape[1])
-            if self._dims[param] == 1:
-                rows, columns = feature.new_ones(param.shape[0], 1), feature[None]
-            self.optimizer.state[param].update(lp_row=rows, lp_col=columns)
-
-    def _units(self, means: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """What mean square of ``h`` counts as 1: each tensor's own, or globally that of all selected weights.
-
-        Without the tensors whose mean is zero: nothing has been seen of them yet, so they go by their magnitude.
-        """
-        seen = {param: mean for param, mean in means.items() if mean > 0}
-        if self.config.scope == "layer":
-            return seen
-        total = sum(mean * param.numel() for param, mean in seen.items())
-        return dict.fromkeys(seen, total / max(1, sum(param.numel() for param in seen)))
-
     def _selected(self, group: dict) -> list[Tensor]:
         return [param for param in group["params"] if id(param) in self._ids]
 
-    def _numel(self) -> int:
-        return sum(param.numel() for param in self.params.values())
+
+def _params(pool: list[Tensor] | Units) -> list[Tensor]:
+    return pool.params if isinstance(pool, Units) else pool
+
+
+def _smallest(sizes: Callable, count: int):
+    """Masks of exactly the `count` smallest entries of several tensors; among equals the first ones are taken."""
+    if count == 0:
+        yield from (torch.zeros_like(size, dtype=torch.bool) for size in sizes())
+        return
+    threshold, below = kth_smallest(sizes, count)
+    spare = count - below
+    for size in sizes():
+        size = size.to(torch.float32).contiguous()
+        gone = size < threshold
+        equal = (size == threshold).view(-1).nonzero().view(-1)[:spare]
+        spare -= len(equal)
+        gone.view(-1)[equal] = True
+        yield gone

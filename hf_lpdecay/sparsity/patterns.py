@@ -10,6 +10,7 @@ from torch import Tensor
 class Unstructured:
     """Every weight for itself."""
 
+    # What the optimizer must know to tell who is small, if that is not the weight alone.
     spec: str | None = None
 
     def count(self, sparsity: float, numel: int) -> int:
@@ -86,17 +87,27 @@ class Block(Unstructured):
             )
 
 
+@dataclass(frozen=True)
+class Structured(Unstructured):
+    """Neurons or heads are zero as one, across the weights that they consist of: see [`~.units.find_units`]."""
+
+    units: str = "neurons"
+
+
 def parse_pattern(spec: str) -> Unstructured:
     """Turn the `pattern` of an [`~hf_lpdecay.LpDecayConfig`] into an object.
 
     Args:
-        spec (`str`): `"unstructured"`, `"n:m"` such as `"2:4"`, or `"block:RxC"` such as `"block:16x16"`.
+        spec (`str`): `"unstructured"`, `"n:m"` such as `"2:4"`, `"block:RxC"` such as `"block:16x16"`, `"neurons"`
+            or `"heads"`.
 
     Raises:
         ValueError: If it is none of these, or its numbers make no sense.
     """
     if spec == "unstructured":
         return Unstructured()
+    if spec in ("neurons", "heads"):
+        return Structured(units=spec)
     if match := re.fullmatch(r"(\d+):(\d+)", str(spec)):
         keep, group = map(int, match.groups())
         if 0 < keep < group <= 64:
@@ -106,6 +117,6 @@ def parse_pattern(spec: str) -> Unstructured:
         if height > 0 and width > 0:
             return Block(spec, height, width)
     raise ValueError(
-        f"Invalid pattern: {spec!r} - should be 'unstructured', 'n:m' with 0 < n < m <= 64 such as '2:4', or"
-        " 'block:RxC' such as 'block:16x16'."
+        f"Invalid pattern: {spec!r} - should be 'unstructured', 'n:m' with 0 < n < m <= 64 such as '2:4',"
+        " 'block:RxC' such as 'block:16x16', 'neurons' or 'heads'."
     )

@@ -2,12 +2,20 @@
 
 import difflib
 import re
+from typing import TYPE_CHECKING
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
+
+from .patterns import Structured, parse_pattern
+from .units import Units, check_units, find_units
+
+
+if TYPE_CHECKING:  # it checks its pattern with this room
+    from ..config import LpDecayConfig
 
 
 logger = logging.get_logger(__name__)
@@ -91,6 +99,42 @@ def select_parameters(
     if zero:
         logger.warning_once(f"All zero, and therefore left out of the p-norm decay: {', '.join(zero)}.")
     return {name: param for name, param in trained.items() if name not in zero}
+
+
+def participants(model: nn.Module, config: "LpDecayConfig") -> dict[str, nn.Parameter]:
+    """The parameters that become sparse: those that [`select_parameters`] chooses and the pattern spans.
+
+    Args:
+        model (`nn.Module`): Any model, before it is trained.
+        config (`LpDecayConfig`): How it shall be made sparse.
+
+    Returns:
+        `dict[str, nn.Parameter]`: Weights by name.
+
+    Raises:
+        ValueError: If nothing is chosen, or if the pattern does not fit.
+    """
+    selected = select_parameters(model, config.target_modules, config.exclude_modules)
+    parse_pattern(config.pattern).check_all(selected, input_dims(model))
+    spanned = {id(param) for units in selected_units(model, config, selected) for param in units.params}
+    return {name: param for name, param in selected.items() if id(param) in spanned} if spanned else selected
+
+
+def selected_units(model: nn.Module, config: "LpDecayConfig", selected: dict[str, nn.Parameter]) -> list[Units]:
+    """What becomes zero as one with the patterns `"neurons"` and `"heads"`; nothing with the others.
+
+    Args:
+        model (`nn.Module`): Any model.
+        config (`LpDecayConfig`): With the pattern and the target.
+        selected (`dict[str, nn.Parameter]`): Weights that may take part, by name.
+
+    Raises:
+        ValueError: If they are not found, or not selected as a whole.
+    """
+    pattern = parse_pattern(config.pattern)
+    if not isinstance(pattern, Structured):
+        return []
+    return check_units(find_units(model, pattern.units), selected, config.target_sparsity)
 
 
 def input_dims(model: nn.Module) -> dict[str, int]:

@@ -13,8 +13,17 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..config import LpDecayConfig
-from ..sparsity import ActivationStatistics, Ramp, SparsityController, input_dims, select_parameters
-from ..sparsity.controller import DECAY, DENSE, SETTLE
+from ..sparsity import (
+    ActivationStatistics,
+    PlainSchedule,
+    Ramp,
+    SparsityController,
+    calibrate,
+    input_dims,
+    participants,
+    selected_units,
+)
+from ..sparsity.schedule import DECAY, DENSE, SETTLE
 
 
 logger = logging.get_logger(__name__)
@@ -42,6 +51,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._params: dict[str, nn.Parameter] = {}
         self._ramp: Ramp | None = None
         self._controller: SparsityController | None = None
+        self._schedule: PlainSchedule | None = None
         self._activations: ActivationStatistics | None = None
 
     def state(self) -> dict[str, Any]:
@@ -59,21 +69,20 @@ class SparsityCallback(TrainerCallback, ExportableState):
     ):
         self._check_same_config(state)
         params = dict(model.named_parameters())
-        names = self.names
-        if names is None:
-            names = list(select_parameters(model, self.lp_config.target_modules, self.lp_config.exclude_modules))
+        names = list(participants(model, self.lp_config)) if self.names is None else self.names
         self._params = {name: params[name] for name in names}
-        if self.lp_config.target_sparsity is not None:
-            self._ramp = Ramp.from_config(self.lp_config, state.max_steps, args.get_warmup_steps(state.max_steps))
-            self._controller = self.controller_class(
-                self.lp_config, self._params, optimizer, self._ramp, input_dims(model)
-            )
-            if self.lp_config.importance == "activation" and state.global_step < self._ramp.start:
-                self._activations = ActivationStatistics(model, list(self._params.values()), optimizer)
+        if self.lp_config.target_sparsity is None:
+            self._schedule = PlainSchedule(self.lp_config, self._params, optimizer, state.max_steps)
+        else:
+            self._drive(args, state, model, optimizer, kwargs["train_dataloader"])
         if state.is_world_process_zero:
             tqdm.write(self._summary(model))
         if state.global_step == 0:
             self._advance(0, optimizer, kwargs["lr_scheduler"])
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self._controller is not None:
+            self._controller.before_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
@@ -114,7 +123,22 @@ class SparsityCallback(TrainerCallback, ExportableState):
         nonzeros = torch.stack([param.count_nonzero() for param in self._params.values()]).sum().item()
         return 1.0 - nonzeros / sum(param.numel() for param in self._params.values())
 
+    def _drive(self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer, batches) -> None:
+        """Set up what drives the model to the target."""
+        config = self.lp_config
+        self._ramp = Ramp.from_config(config, state.max_steps, args.get_warmup_steps(state.max_steps))
+        units = selected_units(model, config, self._params)
+        self._controller = self.controller_class(config, self._params, optimizer, self._ramp, input_dims(model), units)
+        params = list(self._params.values())
+        if config.importance == "activation" and state.global_step < self._ramp.start:
+            self._activations = ActivationStatistics(model, params, optimizer)
+        if config.calibration_batches and state.global_step == 0:
+            show = state.is_local_process_zero and not args.disable_tqdm
+            calibrate(model, params, optimizer, batches, config.calibration_batches, show)
+
     def _advance(self, step: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        if self._schedule is not None:
+            self._schedule.after_step(step)
         if self._controller is not None:
             if step == self._ramp.start:
                 self._finish_gathering()

@@ -9,7 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from ..config import LpDecayConfig
 from ..optim import LpAdamW
-from ..sparsity import Ramp, input_dims, parse_pattern, select_parameters
+from ..sparsity import Ramp, participants
 from .callbacks import SparsityCallback
 from .checkpoints import last_whole_checkpoint
 from .distillation import Distiller
@@ -39,13 +39,16 @@ class LpDecayMixin:
         self.lp_config = lp_config
         self._check_can_decay()
         # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
-        selected = select_parameters(self.model, lp_config.target_modules, lp_config.exclude_modules)
-        parse_pattern(lp_config.pattern).check_all(selected, input_dims(self.model))
-        self._lp_names = list(selected)
+        self._lp_names = list(participants(self.model, lp_config))
         self.add_callback(SparsityCallback(lp_config, self._lp_names))
         # Made now as well: when a run is resumed, the model is no longer what it was when training began.
         self._distiller = Distiller(lp_config, self.model) if lp_config.distill else None
         self._losses = torch.zeros(3, device=self.args.device)  # the model's own, the distance, steps
+
+    @property
+    def lp_modules(self) -> list[str]:
+        """Names of the modules whose weights become sparse, for `target_modules` of `measure_sparsity`."""
+        return [name.removesuffix(".weight") for name in self._lp_names]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Make an [`~hf_lpdecay.LpAdamW`], grouped as the `Trainer` does and by whether the p-norm decay acts."""
@@ -160,6 +163,8 @@ def _split_groups(optimizer: torch.optim.Optimizer, selected: set[int], config: 
         "p": config.p,
         "lp_lambda": config.lp_lambda or 0.0,  # with a target the controller plans it
         "freeze_zeros": config.freeze_zeros,
+        "post_step": config.post_step,
+        "s_rate": config.s_rate,
     }
     plain = {"p": config.p, "lp_lambda": 0.0, "freeze_zeros": False}
     groups = []

@@ -1,0 +1,60 @@
+"""Squared gradients before the first step, for an importance from the start."""
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+
+def calibrate(
+    model: nn.Module,
+    params: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[dict[str, Any]],
+    count: int,
+    show_progress: bool = True,
+) -> None:
+    """Average the squared gradients of a few batches over rows and columns, without a step.
+
+    Written as `lp_row_sq` (n, 1) and `lp_col_sq` (1, m) into the optimizer's state, averaged over all processes. The
+    random numbers of the training that follows are not touched.
+
+    Args:
+        model (`nn.Module`): Returns a loss for a batch.
+        params (`list[torch.Tensor]`): The selected weights.
+        optimizer (`torch.optim.Optimizer`): Steps them.
+        batches (`Iterable[dict]`): With labels, on the model's device.
+        count (`int`): How many of them to take.
+        show_progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+
+    Raises:
+        ValueError: If the model returns no loss, or there are no batches.
+    """
+    taken = 0
+    training = model.training
+    model.train()
+    with torch.random.fork_rng():
+        for batch in tqdm(islice(batches, count), total=count, desc="Calibration", disable=not show_progress):
+            loss = model(**batch)["loss"]
+            if loss is None:
+                raise ValueError("calibration_batches needs batches with labels, but the model returned no loss.")
+            loss.backward()
+            for param in params:
+                square = param.grad.detach().float().square()
+                for name, dim in (("lp_row_sq", 1), ("lp_col_sq", 0)):
+                    mean = square.mean(dim, keepdim=True)
+                    state = optimizer.state[param]
+                    state[name] = mean + state[name] if name in state else mean
+            model.zero_grad()
+            taken += 1
+    model.train(training)
+    if not taken:
+        raise ValueError("calibration_batches needs at least one training batch, but there are none.")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Sums are as good as means: only ratios count.
+        for param in params:
+            for name in ("lp_row_sq", "lp_col_sq"):
+                torch.distributed.all_reduce(optimizer.state[param][name])

@@ -1,0 +1,64 @@
+"""What a weight does to the loss beside its size: factors ``h`` over the rows and columns of each tensor, r = |w| * h.
+
+Written as `lp_row` and `lp_col` into the optimizer's state, where plan and step find them.
+"""
+
+from torch import Tensor
+
+
+def importance_from_adam(params: list[Tensor], dims: dict[Tensor, int], state: dict, together: bool) -> None:
+    """Factor AdamW's second moment, the expected squared gradient, into rows and columns.
+
+    ``h = sqrt(row mean * column mean) / mean`` estimates the root of the second moment from far fewer numbers than it
+    has, as Adafactor does (arXiv 1804.04235); ``(|w| * h) ** 2`` is then the optimal brain damage saliency of a weight
+    with the empirical Fisher for the curvature.
+
+    Args:
+        params (`list[torch.Tensor]`): The selected weights.
+        dims (`dict[torch.Tensor, int]`): The dimension of the input features of each; not used here.
+        state (`dict`): The optimizer's.
+        together (`bool`): Whether the weights of different tensors are compared, or only those within each.
+    """
+    means = {}
+    for param in params:
+        if "exp_avg_sq" in state[param]:
+            moment = state[param]["exp_avg_sq"]
+            means[param] = moment.mean(1, keepdim=True), moment.mean(0, keepdim=True)
+    _write_factors(means, state, together)
+
+
+def importance_from_calibration(params: list[Tensor], dims: dict[Tensor, int], state: dict, together: bool) -> None:
+    """The same from the squared gradients of [`calibrate`], before AdamW's second moment says much."""
+    means = {param: (state[param]["lp_row_sq"], state[param]["lp_col_sq"]) for param in params}
+    _write_factors(means, state, together)
+
+
+def importance_from_activations(params: list[Tensor], dims: dict[Tensor, int], state: dict, together: bool) -> None:
+    """``h`` is the root mean square of a weight's input feature, as in Wanda (arXiv 2306.11695)."""
+    means = {}
+    for param in params:
+        if "lp_feature_sq" in state[param]:
+            square = state[param].pop("lp_feature_sq") / state[param].pop("lp_feature_count")
+            # Every output feature has the same share.
+            outputs, inputs = square.mean().expand(param.shape[1 - dims[param]]), square
+            rows, columns = (outputs, inputs) if dims[param] == 1 else (inputs, outputs)
+            means[param] = rows[:, None].to(param.dtype), columns[None].to(param.dtype)
+    _write_factors(means, state, together)
+
+
+def _write_factors(means: dict[Tensor, tuple[Tensor, Tensor]], state: dict, together: bool) -> None:
+    """From the mean squares of rows (n, 1) and columns (1, m) to the factors.
+
+    The mean square that counts as 1 is each tensor's own or, where tensors are compared, that of all. Tensors of which
+    nothing has been seen yet go by their magnitude.
+    """
+    seen = {param: rows.mean() for param, (rows, _) in means.items() if rows.any()}
+    if together:
+        total = sum(mean * param.numel() for param, mean in seen.items())
+        units = dict.fromkeys(seen, total / max(1, sum(param.numel() for param in seen)))
+    else:
+        units = seen
+    for param, unit in units.items():
+        rows, columns = means[param]
+        state[param]["lp_row"] = (rows / unit).sqrt()
+        state[param]["lp_col"] = (columns / seen[param]).sqrt()

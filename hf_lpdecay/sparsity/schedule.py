@@ -1,0 +1,123 @@
+"""When the decay acts, and how it changes in the course of a run."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+
+if TYPE_CHECKING:  # it checks its pattern with this room
+    from ..config import LpDecayConfig
+
+
+DENSE, DECAY, SETTLE = "dense", "decay", "settle"
+MIN_RAMP_STEPS = 10
+# AdamW's second moment and the activations say little before a few batches have been seen.
+MIN_IMPORTANCE_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """The schedule of a run that is driven to a target, in optimizer steps.
+
+    Args:
+        start (`int`): Steps taken before the first plan; the dense phase.
+        end (`int`): Steps taken when the target is cut exactly; the settle phase follows.
+        interval (`int`): Steps from one plan to the next.
+        target (`float`): Sparsity at the end.
+    """
+
+    start: int
+    end: int
+    interval: int
+    target: float
+
+    @classmethod
+    def from_config(cls, config: "LpDecayConfig", total_steps: int, warmup_steps: int = 0) -> "Ramp":
+        """Place the ramp of `config` in a run.
+
+        Args:
+            config (`LpDecayConfig`): With a `target_sparsity`.
+            total_steps (`int`): Optimizer steps in the run.
+            warmup_steps (`int`, *optional*, defaults to 0): Steps in which the learning rate warms up.
+
+        Raises:
+            ValueError: If the ramp has fewer than 10 steps.
+        """
+        start = max(round(config.ramp_start * total_steps), warmup_steps)
+        if config.importance != "magnitude" and not config.calibration_batches:
+            start = max(start, MIN_IMPORTANCE_STEPS)
+        end = round(config.ramp_end * total_steps)
+        if end - start < MIN_RAMP_STEPS:
+            raise ValueError(
+                f"The ramp would have {max(end - start, 0)} optimizer steps, from step {start} to {end} of"
+                f" {total_steps}, and needs {MIN_RAMP_STEPS}: train for more steps, warm up for fewer (now"
+                f" {warmup_steps}), or move ramp_start={config.ramp_start} and ramp_end={config.ramp_end} apart."
+            )
+        return cls(start, end, max(1, (end - start) // config.num_plans), config.target_sparsity)
+
+    def phase(self, step: int) -> str:
+        """The phase after `step` optimizer steps."""
+        if step < self.start:
+            return DENSE
+        return DECAY if step < self.end else SETTLE
+
+    def progress(self, step: int) -> float:
+        """How much of the ramp lies behind after `step` optimizer steps, from 0 to 1."""
+        return min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
+
+    def sparsity(self, step: int) -> float:
+        """The sparsity that is due after `step` optimizer steps: cubic (Zhu and Gupta, arXiv 1710.01878)."""
+        return self.target * cubic(self.progress(step))
+
+    def next_plan(self, step: int) -> int | None:
+        """The step of the plan (or cut) after the one at `step`, or `None` if nothing is planned at `step`."""
+        if not self.start <= step < self.end or (step - self.start) % self.interval:
+            return None
+        following = step + self.interval
+        # A last interval shorter than the others would ask for the impossible: it joins the one before.
+        return following if following + self.interval <= self.end else self.end
+
+
+def cubic(progress: float) -> float:
+    """``1 - (1 - progress) ** 3``: fast at first, when there is much that is not needed."""
+    return 1.0 - (1.0 - progress) ** 3
+
+
+def norm(config: "LpDecayConfig", progress: float) -> float:
+    """The norm in force: from `p_start` to `p` in a straight line over the ramp."""
+    if config.p_start is None:
+        return config.p
+    return config.p_start + progress * (config.p - config.p_start)
+
+
+class PlainSchedule:
+    """Changes the norm and the strength of a decay without a target in the course of a run.
+
+    Args:
+        config (`LpDecayConfig`): With an `lp_lambda`.
+        params (`dict[str, torch.Tensor]`): The selected parameters by name.
+        optimizer (`LpAdamW`): Holds them, in groups that hold nothing else.
+        total_steps (`int`): Optimizer steps in the run.
+    """
+
+    def __init__(
+        self,
+        config: "LpDecayConfig",
+        params: dict[str, torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+    ):
+        self.config = config
+        self._ids = {id(param) for param in params.values()}
+        self._optimizer = optimizer
+        self._start, self._end = (fraction * total_steps for fraction in (config.ramp_start, config.ramp_end))
+
+    def after_step(self, step: int) -> None:
+        """Set what holds in the step after `step` optimizer steps."""
+        progress = min(max((step - self._start) / (self._end - self._start), 0.0), 1.0)
+        shares = {"constant": 1.0, "linear": progress, "cubic": cubic(progress)}
+        for group in self._optimizer.param_groups:
+            if any(id(param) in self._ids for param in group["params"]):
+                group["p"] = norm(self.config, progress)
+                group["lp_lambda"] = self.config.lp_lambda * shares[self.config.lp_lambda_schedule]

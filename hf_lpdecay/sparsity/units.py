@@ -1,0 +1,257 @@
+"""Neurons and heads: which slices of which weights become zero as one, so that they can be cut out of the model.
+
+Found by shape and order, in every block of the model: all linear layers of a block read from or write to the residual
+stream, whose width is `config.hidden_size`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True, eq=False)
+class UnitSlice:
+    """The part of a weight that belongs to units: unit `u` has the indices `start + u * width`, and `width - 1` more.
+
+    Args:
+        name (`str`): The weight's name, as in `model.named_parameters()`.
+        param (`torch.Tensor`): The weight, two-dimensional.
+        dim (`int`): The dimension along which the units lie.
+        start (`int`): Where the first unit begins.
+        width (`int`): Indices per unit.
+    """
+
+    name: str
+    param: Tensor
+    dim: int
+    start: int
+    width: int
+
+    def of(self, tensor: Tensor, count: int) -> Tensor:
+        """A view of a tensor shaped like the weight, shape (units, ...)."""
+        return tensor.narrow(self.dim, self.start, count * self.width).movedim(self.dim, 0).unflatten(0, (count, -1))
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The neurons of one feed-forward, or the heads (key/value groups) of one attention.
+
+    Args:
+        name (`str`): Name of the block, and which of its weights: for messages and reports.
+        count (`int`): How many units there are.
+        slices (`tuple[UnitSlice]`): What they consist of. The slices of a weight cover it.
+    """
+
+    name: str
+    count: int
+    slices: tuple[UnitSlice, ...]
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The weights, each once."""
+        return list({id(part.param): part.param for part in self.slices}.values())
+
+    def size(self, size: Callable[[Tensor], Tensor]) -> Tensor:
+        """Root mean square of each unit's weights.
+
+        Args:
+            size (`Callable`): Returns the sizes of a weight's entries, shaped like the weight.
+
+        Returns:
+            `torch.Tensor`: Shape (count,).
+        """
+        total, numel = 0.0, 0
+        for param in self.params:
+            squares = size(param).square_()
+            for part in self.slices:
+                if part.param is param:
+                    own = part.of(squares, self.count).flatten(1)
+                    total, numel = total + own.sum(1), numel + own.shape[1]
+        return (total / numel).sqrt_()
+
+    def spread(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give every weight the value of each entry's unit.
+
+        Args:
+            values (`torch.Tensor`): One per unit, shape (count,).
+
+        Returns:
+            `Iterator[tuple[torch.Tensor, torch.Tensor]]`: A weight, and a tensor that broadcasts over it.
+        """
+        for param in self.params:
+            parts = [part for part in self.slices if part.param is param]
+            along = values.new_empty(param.shape[parts[0].dim])
+            for part in parts:
+                along[part.start : part.start + self.count * part.width] = values.repeat_interleave(part.width)
+            yield param, along[:, None] if parts[0].dim == 0 else along[None]
+
+
+def find_units(model: PreTrainedModel, pattern: str) -> list[Units]:
+    """Find what the pattern makes zero as one, block by block.
+
+    Args:
+        model (`PreTrainedModel`): Llama, Qwen, Mistral, GPT-2, OPT, BERT, RoBERTa, T5 and what is built like them.
+        pattern (`str`): `"neurons"`: a neuron is a row of the layers that read the residual stream and the column of
+            the one that writes to it. `"heads"`: the rows of queries, keys and values and the columns of the output
+            projection; with grouped queries, those of a key/value group and all its query heads.
+
+    Returns:
+        `list[Units]`: One per feed-forward or attention.
+
+    Raises:
+        ValueError: If a block has none, or more than can be told apart.
+    """
+    names = {id(param): name for name, param in model.named_parameters()}
+    found = []
+    for block_name, block in _blocks(model):
+        attentions = _attentions(model, block, names)
+        if pattern == "heads":
+            found += [Units(f"{block_name}: heads", count, slices) for count, slices in attentions]
+            missing = not attentions
+        else:
+            inside = {id(part.param) for _, slices in attentions for part in slices}
+            rest = {name: m for name, m in _linears(block).items() if id(m.weight) not in inside}
+            neurons = _feed_forward(model.config.hidden_size, list(rest.values()), names)
+            if neurons is not None:
+                found.append(Units(f"{block_name}: neurons", *neurons))
+            missing = neurons is None
+        if missing:
+            raise ValueError(_not_found(model, pattern, block_name, block))
+    if not found:
+        raise ValueError(
+            f"pattern={pattern!r}: {type(model).__name__} has no list of blocks with linear layers (nn.Linear or"
+            " Conv1D), so there is nothing to take units from. Take another pattern."
+        )
+    return found
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The members of the outermost module lists that hold linear layers."""
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in seen):
+            blocks = [(f"{name}.{i}", block) for i, block in enumerate(module) if _linears(block)]
+            if blocks:
+                seen.append(name)
+                yield from blocks
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+
+
+def _inputs_outputs(linear: nn.Module) -> tuple[int, int]:
+    inputs, outputs = linear.weight.shape if isinstance(linear, Conv1D) else reversed(linear.weight.shape)
+    return inputs, outputs
+
+
+def _slice(linear: nn.Module, of_outputs: bool, width: int, names: dict[int, str], start: int = 0) -> UnitSlice:
+    dim = int(isinstance(linear, Conv1D)) if of_outputs else int(not isinstance(linear, Conv1D))
+    return UnitSlice(names[id(linear.weight)], linear.weight, dim, start, width)
+
+
+def _attentions(model: PreTrainedModel, block: nn.Module, names: dict[int, str]) -> list[tuple]:
+    """The smallest modules of a block that hold the projections of an attention, and nothing else."""
+    found, taken = [], set()
+    for module in reversed(list(block.modules())):  # children before their parents
+        linears = list(_linears(module).values())
+        if any(id(linear) in taken for linear in linears):
+            continue
+        attention = _attention(model.config, linears, names)
+        if attention is not None:
+            taken |= {id(linear) for linear in linears}
+            found.append(attention)
+    return found[::-1]
+
+
+def _attention(config, linears: list[nn.Module], names: dict[int, str]) -> tuple[int, tuple[UnitSlice, ...]] | None:
+    heads = config.num_attention_heads
+    if len(linears) not in (2, 4):
+        return None
+    *readers, output = linears  # the output projection comes last, in all of them
+    inputs, outputs = _inputs_outputs(output)
+    if outputs != config.hidden_size or inputs % heads:
+        return None
+    width = inputs // heads
+    sizes = [_inputs_outputs(reader)[1] for reader in readers]
+    if len(readers) == 1:
+        # Queries, keys and values in one layer. Only GPT-2's order is known to be one after the other.
+        if not isinstance(readers[0], Conv1D) or sizes[0] != 3 * inputs:
+            return None
+        parts = [_slice(readers[0], True, width, names, start) for start in (0, inputs, 2 * inputs)]
+        return heads, (*parts, _slice(output, False, width, names))
+    queries, keys, values = sorted(sizes, reverse=True)
+    groups, rest = divmod(keys, width)
+    if queries != inputs or keys != values or rest or not groups or heads % groups:
+        return None
+    parts = [_slice(reader, True, size // groups, names) for reader, size in zip(readers, sizes)]
+    return groups, (*parts, _slice(output, False, inputs // groups, names))
+
+
+def _feed_forward(hidden: int, linears: list[nn.Module], names: dict[int, str]) -> tuple | None:
+    if len(linears) not in (2, 3):
+        return None
+    writers = [linear for linear in linears if _inputs_outputs(linear)[1] == hidden]
+    if not writers:
+        return None
+    writer = writers[-1]
+    width = _inputs_outputs(writer)[0]
+    readers = [linear for linear in linears if linear is not writer]
+    if any(_inputs_outputs(reader) != (hidden, width) for reader in readers):
+        return None
+    return width, (*(_slice(reader, True, 1, names) for reader in readers), _slice(writer, False, 1, names))
+
+
+def _not_found(model: PreTrainedModel, pattern: str, block_name: str, block: nn.Module) -> str:
+    seen = ", ".join("{} ({} -> {})".format(name, *_inputs_outputs(m)) for name, m in _linears(block).items())
+    what = {
+        "neurons": "one or two layers that read the residual stream and one that writes to it, beside the attention",
+        "heads": "three projections that read the residual stream and one that writes to it",
+    }[pattern]
+    return (
+        f"pattern={pattern!r}: {what}, were not found in {block_name} of {type(model).__name__} (hidden_size"
+        f" {model.config.hidden_size}, {model.config.num_attention_heads} heads). Its linear layers, inputs -> outputs:"
+        f" {seen}. Take another pattern."
+    )
+
+
+def check_units(units: list[Units], selected: dict[str, Tensor], sparsity: float) -> list[Units]:
+    """Keep the units whose weights are selected.
+
+    Args:
+        units (`list[Units]`): From [`find_units`].
+        selected (`dict[str, torch.Tensor]`): Weights by name.
+        sparsity (`float`): The fraction of the units that shall be zero.
+
+    Raises:
+        ValueError: If only some of a unit's weights are selected, or if the sparsity leaves none or all of the units.
+    """
+    kept = []
+    for unit in units:
+        left_out = [part.name for part in unit.slices if part.name not in selected]
+        if len(left_out) == len(unit.slices):
+            continue
+        if left_out:
+            raise ValueError(
+                f"{unit.name} need all of {', '.join(part.name for part in unit.slices)}, but"
+                f" {', '.join(left_out)} is not selected: widen target_modules, or leave out all of them with"
+                " exclude_modules."
+            )
+        gone = round(sparsity * unit.count)
+        if not 0 < gone < unit.count:
+            raise ValueError(
+                f"target_sparsity={sparsity} of the {unit.count} {unit.name} would be {gone} of them: choose a target"
+                f" between {1 / unit.count:.3g} and {1 - 1 / unit.count:.3g}."
+                if unit.count > 1
+                else f"{unit.name}: there is only one, which cannot be left out. Take another pattern."
+            )
+        kept.append(unit)
+    if not kept:
+        raise ValueError(
+            f"None of the selected weights, such as {next(iter(selected))}, belongs to a unit of this pattern: widen"
+            " target_modules."
+        )
+    return kept
