@@ -116,6 +116,11 @@ def test_the_plain_method_runs_at_constant_lambda(tmp_path):
         LpDecayConfig(p=0.5, target_sparsity=0.6, scope="global", trim=False),
         LpDecayConfig(p=0.5, pattern="2:4"),
         LpDecayConfig(p=0.5, target_sparsity=0.5, importance="activation", ramp_start=0.2),
+        LpDecayConfig(p=0.5, target_sparsity=0.5, pattern="neurons", calibration_batches=2, p_start=1.5),
+        LpDecayConfig(p=0.5, target_sparsity=0.5, s_rate=0.5),
+        LpDecayConfig(
+            p=0.5, lp_lambda=0.05, p_start=2.0, lp_lambda_schedule="cubic", freeze_zeros=True, post_step=True
+        ),
     ],
 )
 def test_a_run_resumed_at_any_checkpoint_ends_in_the_same_bits(tmp_path, config):

@@ -38,7 +38,7 @@ def calibrate(
     model.train()
     with torch.random.fork_rng():
         for batch in tqdm(islice(batches, count), total=count, desc="Calibration", disable=not show_progress):
-            loss = model(**batch)["loss"]
+            loss = model(**batch).loss
             if loss is None:
                 raise ValueError("calibration_batches needs batches with labels, but the model returned no loss.")
             loss.backward()

@@ -1,0 +1,109 @@
+"""How norm and strength change in a run, and what is known before its first step."""
+
+import pytest
+import torch
+from conftest import controlled, tiny_llama, token_rows, trainer_for, weights
+from transformers import TrainerCallback
+
+from hf_lpdecay import LpDecayConfig, measure_sparsity
+from hf_lpdecay.sparsity import Ramp, calibrate
+
+
+class Groups(TrainerCallback):
+    """What each step is taken with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.seen.append([(group["p"], group["lp_lambda"]) for group in optimizer.param_groups])
+
+
+def groups_of(folder, config, **options):
+    groups = Groups()
+    trainer = trainer_for(folder, config, callbacks=[groups], **options)
+    trainer.train()
+    return trainer, groups.seen
+
+
+@pytest.mark.parametrize("schedule, shares", [("linear", [0.0, 0.5, 1.0]), ("cubic", [0.0, 0.875, 1.0])])
+def test_norm_and_strength_of_the_plain_method_move_over_the_ramp(tmp_path, schedule, shares):
+    config = LpDecayConfig(
+        p=0.5, p_start=2.0, lp_lambda=0.02, lp_lambda_schedule=schedule, ramp_start=0.2, ramp_end=0.6
+    )
+    trainer, seen = groups_of(tmp_path, config)
+    for step, share, p in ((0, shares[0], 2.0), (6, shares[0], 2.0), (12, shares[1], 1.25), (18, shares[2], 0.5)):
+        decayed, *others = seen[step]
+        assert decayed == pytest.approx((p, 0.02 * share))
+        assert all(lp_lambda == 0 for _, lp_lambda in others)
+    assert seen[-1][0] == pytest.approx((0.5, 0.02))
+    assert trainer.state.log_history[0]["lp_lambda"] == seen[5][0][1]
+
+
+def test_with_a_target_the_norm_moves_at_every_plan_and_the_target_is_met(tmp_path):
+    trainer, seen = groups_of(tmp_path, LpDecayConfig(p=0.0, p_start=1.5, target_sparsity=0.5))
+    norms = [step[0][0] for step in seen]
+    assert norms[5] == 1.5 and norms[5:] == sorted(norms[5:], reverse=True) and 0 < norms[20] < 0.2
+    assert measure_sparsity(trainer.model).sparsity == 0.5
+
+
+@pytest.mark.parametrize("options", [{"s_rate": 0.3}, {"post_step": True}])
+def test_variations_of_the_rule_meet_the_target(tmp_path, options):
+    model = trainer_for(tmp_path, LpDecayConfig(p=0.5, target_sparsity=0.5, **options)).model
+    trainer, _ = groups_of(tmp_path, LpDecayConfig(p=0.5, target_sparsity=0.5, **options))
+    assert measure_sparsity(trainer.model).sparsity == 0.5
+    assert all(trainer.optimizer.param_groups[0][name] == value for name, value in options.items())
+    plain, _ = groups_of(tmp_path, LpDecayConfig(p=0.5, target_sparsity=0.5))
+    assert any(not torch.equal(a, b) for a, b in zip(weights(trainer.model).values(), weights(plain.model).values()))
+    assert measure_sparsity(model).sparsity == 0.0
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_calibration_is_the_squared_gradient_of_the_first_batches(tmp_path, scope):
+    seen = {}
+
+    class Peek(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+            twin = tiny_llama(attention_dropout=0.0).double().train()
+            batches = [batch for batch, _ in zip(train_dataloader, range(3))]
+            for name, param in twin.named_parameters():
+                seen[name] = torch.zeros_like(param)
+            for batch in batches:
+                twin.zero_grad()
+                twin(**batch).loss.backward()
+                for name, param in twin.named_parameters():
+                    seen[name] += param.grad.square()
+            seen["state"] = {
+                name: {key: optimizer.state[param][key].clone() for key in ("lp_row_sq", "lp_col_sq")}
+                for name, param in model.named_parameters()
+                if "lp_row_sq" in optimizer.state[param]
+            }
+
+    config = LpDecayConfig(p=0.5, target_sparsity=0.5, calibration_batches=3, scope=scope)
+    model = tiny_llama(attention_dropout=0.0)
+    trainer = trainer_for(tmp_path, config, model=model, callbacks=[Peek()], warmup_steps=0)
+    # Ours comes first in the list, but the trainer appends it: put the peek behind it.
+    trainer.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, Peek))
+    trainer.train()
+    state = seen["state"]
+    assert len(state) == 14
+    for name, factors in state.items():
+        torch.testing.assert_close(factors["lp_row_sq"].double(), seen[name].mean(1, keepdim=True), rtol=1e-3, atol=0)
+        torch.testing.assert_close(factors["lp_col_sq"].double(), seen[name].mean(0, keepdim=True), rtol=1e-3, atol=0)
+    assert measure_sparsity(model).sparsity == 0.5
+    assert Ramp.from_config(config, 30).start == 0  # it does not wait for AdamW's second moment
+
+
+def test_calibration_leaves_no_trace_but_its_result():
+    model = tiny_llama().eval()
+    params, optimizer, _ = controlled(model=model)
+    batch = {name: torch.tensor([row[name] for row in token_rows(4)]) for name in ("input_ids", "labels")}
+    before, state = weights(model), torch.random.get_rng_state()
+    calibrate(model, list(params.values()), optimizer, [batch], 5)
+    assert torch.equal(torch.random.get_rng_state(), state) and not model.training
+    assert all(torch.equal(before[name], param) and param.grad is None for name, param in model.named_parameters())
+    assert all(set(optimizer.state[param]) == {"lp_row_sq", "lp_col_sq"} for param in params.values())
+    with pytest.raises(ValueError, match="at least one training batch"):
+        calibrate(model, list(params.values()), optimizer, [], 2)
+    with pytest.raises(ValueError, match="returned no loss"):
+        calibrate(model, list(params.values()), optimizer, [{"input_ids": batch["input_ids"]}], 1)
