@@ -3,9 +3,9 @@
     accelerate launch recipes/compare.py --target_sparsity 0.7 --seeds 0 1 2
     accelerate launch recipes/compare.py --methods dense gmp lp --config recipes/configs/minilm/sst2.yaml
 
-A checkpoint that was pruned elsewhere (Wanda, SparseGPT) gets the same budget with its zeros frozen:
+Checkpoints that were pruned elsewhere (Wanda, SparseGPT) get the same budget with their zeros frozen:
 
-    accelerate launch recipes/compare.py --methods frozen --model_name_or_path path/to/pruned
+    accelerate launch recipes/compare.py --methods lp --init_from path/to/wanda path/to/sparsegpt
 """
 
 import dataclasses
@@ -43,13 +43,13 @@ METHODS = {
     "dense": (NO_TARGET, SparsityCallback),
     "gmp": ({"importance": "magnitude"}, GradualPruning),
     "gmp-adam": ({"importance": "adam"}, GradualPruning),
-    "gmp-adam-distill": ({"importance": "adam", "distill": "self"}, GradualPruning),
+    "gmp-adam-distill": ({"importance": "adam"}, GradualPruning),
     "lp-plain": ({"importance": "magnitude", "trim": False}, SparsityCallback),
     "lp-trim": ({"importance": "magnitude", "trim": True}, SparsityCallback),
     "lp": ({}, SparsityCallback),
-    "lp-distill": ({"distill": "self"}, SparsityCallback),
-    "frozen": ({**NO_TARGET, "freeze_zeros": True}, SparsityCallback),
+    "lp-distill": ({}, SparsityCallback),
 }
+FROZEN = ({**NO_TARGET, "freeze_zeros": True}, SparsityCallback)
 
 
 @dataclass
@@ -60,6 +60,10 @@ class CompareArguments(finetune.ScriptArguments):
         default_factory=lambda: ["dense", "gmp", "gmp-adam", "lp-plain", "lp-trim", "lp", "lp-distill"],
         metadata={"help": f"Which of {', '.join(METHODS)}."},
     )
+    init_from: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders of pruned models, each trained likewise with its zeros frozen."},
+    )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds to repeat everything with."})
     results_file: str = field(default="outputs/compare.json", metadata={"help": "JSON file to write."})
 
@@ -68,6 +72,9 @@ class CompareArguments(finetune.ScriptArguments):
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"Invalid method in methods: {method!r} - should be one of {', '.join(METHODS)}.")
+        for folder in self.init_from:
+            if not (Path(folder) / "config.json").is_file():
+                raise ValueError(f"Invalid folder in init_from: {folder!r} - there is no config.json in it.")
 
 
 def main(argv: list[str]) -> int:
@@ -78,27 +85,31 @@ def main(argv: list[str]) -> int:
         return 2
     args.save_strategy = "no"
     runs = []
-    for seed in script.seeds:
-        for method in script.methods:
-            try:
-                runs.append({"method": method, "seed": seed, **run(script, lp_config, args, method, seed)})
-            except (ValueError, OSError) as error:
-                print(f"compare.py: error: {method}: {error}", file=sys.stderr)
-                return 2
-            print(json.dumps(runs[-1]), flush=True)
-            # Written after every run, so that nothing is lost.
-            Path(script.results_file).parent.mkdir(parents=True, exist_ok=True)
-            write_text(script.results_file, json.dumps({"options": given, "runs": runs}, indent=2) + "\n")
+    try:
+        data = finetune.load_data(script)
+        for seed in script.seeds:
+            for method in (*script.methods, *script.init_from):
+                runs.append({"method": method, "seed": seed, **run(script, lp_config, args, data, method, seed)})
+                print(json.dumps(runs[-1]), flush=True)
+                # Written after every run, so that nothing is lost.
+                Path(script.results_file).parent.mkdir(parents=True, exist_ok=True)
+                write_text(script.results_file, json.dumps({"options": given, "runs": runs}, indent=2) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"compare.py: error: {error}", file=sys.stderr)
+        return 2
     print(f"\n{table(runs)}\n\nwritten to {script.results_file}")
     return 0
 
 
-def run(script, lp_config: LpDecayConfig, args, method: str, seed: int) -> dict[str, float]:
-    """Train with one method and seed, and evaluate in float32."""
-    changes, callback_class = METHODS[method]
-    config = dataclasses.replace(lp_config, **changes)
+def run(script, lp_config: LpDecayConfig, args, data: finetune.Data, method: str, seed: int) -> dict[str, float]:
+    """Train with one method (or from one pruned folder) and seed, and evaluate in float32."""
+    changes, callback_class = METHODS.get(method, FROZEN)
+    if method not in METHODS:
+        script = dataclasses.replace(script, model_name_or_path=method)
+    teacher = (lp_config.distill or "self") if method.endswith("-distill") else None
+    config = dataclasses.replace(lp_config, **changes, distill=teacher)
     args.seed = seed
-    trainer, evaluate_model = finetune.prepare(script, config, args)
+    trainer, evaluate_model = finetune.prepare(script, config, args, data)
     if callback_class is not SparsityCallback:
         callback = trainer.pop_callback(SparsityCallback)
         trainer.add_callback(callback_class(config, callback.names))

@@ -19,6 +19,7 @@ import transformers
 from accelerate import PartialState
 from arguments import parse_recipe
 from data import BUILTIN, blocks_of_tokens, check_files, labelled_tokens, load_texts, text_column
+from datasets import Dataset
 from pypi_models import resolve_model
 from run_folder import claim_folder
 from tqdm.auto import tqdm
@@ -27,6 +28,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -89,7 +91,7 @@ def main(argv: list[str]) -> int:
         script, lp_config, args, given = parse(argv)
         with PartialState().main_process_first():
             checkpoint = claim_folder(args.output_dir, given)
-        trainer, evaluate_model = prepare(script, lp_config, args)
+        trainer, evaluate_model = prepare(script, lp_config, args, load_data(script))
     except (ValueError, OSError) as error:  # OSError: a file, a hub or a model that cannot be had
         print(f"finetune.py: error: {error}", file=sys.stderr)
         return 2
@@ -133,13 +135,22 @@ def parse(argv: list[str], script_class: type = ScriptArguments, description: st
     return script, lp_config, args, given
 
 
-def prepare(script: ScriptArguments, lp_config: LpDecayConfig, args: TrainingArguments):
-    """Load model and data, and make the trainer and a function that evaluates a model."""
-    set_seed(args.seed)
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and is evaluated on, tokenized."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    validation: Dataset
+    labels: list[str] | None = None
+
+
+def load_data(script: ScriptArguments) -> Data:
+    """Load and tokenize the data of a run."""
     with PartialState().local_main_process_first():
-        path = resolve_model(script.model_name_or_path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(script.model_name_or_path))
         train, validation = load_texts(script)
+        labels = None
         if script.task == "causal-lm":
             column = text_column(train, script.text_column)
             train, validation = (
@@ -147,8 +158,14 @@ def prepare(script: ScriptArguments, lp_config: LpDecayConfig, args: TrainingArg
             )
         else:
             train, validation, labels = labelled_tokens(train, validation, script, tokenizer)
-    train, validation = head(train, script.max_train_samples), head(validation, script.max_eval_samples)
+    return Data(tokenizer, head(train, script.max_train_samples), head(validation, script.max_eval_samples), labels)
 
+
+def prepare(script: ScriptArguments, lp_config: LpDecayConfig, args: TrainingArguments, data: Data):
+    """Load the model, and make the trainer and a function that evaluates a model."""
+    set_seed(args.seed)
+    with PartialState().local_main_process_first():
+        path = resolve_model(script.model_name_or_path)
     # float32 weights under autocast: bfloat16 weights would lose small updates and most of the decay.
     if script.task == "causal-lm":
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -157,11 +174,11 @@ def prepare(script: ScriptArguments, lp_config: LpDecayConfig, args: TrainingArg
         model = AutoModelForSequenceClassification.from_pretrained(
             path,
             dtype=torch.float32,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
+            num_labels=len(data.labels),
+            id2label=dict(enumerate(data.labels)),
+            label2id={label: i for i, label in enumerate(data.labels)},
         )
-        collator = DataCollatorWithPadding(tokenizer)
+        collator = DataCollatorWithPadding(data.tokenizer)
         accuracy = evaluate.load(str(HERE / "metrics" / "accuracy.py"))
 
         def compute_metrics(prediction):
@@ -170,9 +187,9 @@ def prepare(script: ScriptArguments, lp_config: LpDecayConfig, args: TrainingArg
     trainer = LpDecayTrainer(
         model=model,
         args=args,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.tokenizer,
         data_collator=collator,
         compute_metrics=compute_metrics,
         lp_config=lp_config,
@@ -183,8 +200,8 @@ def prepare(script: ScriptArguments, lp_config: LpDecayConfig, args: TrainingArg
         model.to(args.device)
         size = args.per_device_eval_batch_size
         if script.task == "causal-lm":
-            return {"perplexity": perplexity(model, validation["input_ids"], size, f"Perplexity {when}")}
-        return {"accuracy": classify(model, validation, collator, size, accuracy, f"Accuracy {when}")}
+            return {"perplexity": perplexity(model, data.validation["input_ids"], size, f"Perplexity {when}")}
+        return {"accuracy": classify(model, data.validation, collator, size, accuracy, f"Accuracy {when}")}
 
     return trainer, evaluate_model
 

@@ -33,10 +33,20 @@ def test_a_pruned_checkpoint_is_continued_with_its_zeros_frozen(command, tmp_pat
     model.save_pretrained(tmp_path / "pruned")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "pruned" / name).write_bytes((language_model / name).read_bytes())
-    flags = ["--methods", "frozen", "--model_name_or_path", str(tmp_path / "pruned")]
+    flags = [
+        "--methods",
+        "lp-distill",
+        "dense",
+        "--distill",
+        str(language_model),
+        "--init_from",
+        str(tmp_path / "pruned"),
+    ]
     assert compare.main([*command, *flags, "--results_file", str(tmp_path / "results.json")]) == 0
-    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert run["sparsity"] == 0.25 and run["perplexity"] < run["before"]
+    distilled, dense, frozen = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert frozen["method"] == str(tmp_path / "pruned") and frozen["before"] != dense["before"]
+    assert frozen["sparsity"] == 0.25 and frozen["perplexity"] < frozen["before"]
+    assert (distilled["sparsity"], dense["sparsity"]) == (0.5, 0.0)
 
 
 def test_gradual_pruning_follows_the_cubic_schedule_exactly():
@@ -56,8 +66,10 @@ def test_gradual_pruning_follows_the_cubic_schedule_exactly():
                 assert param.numel() - param.count_nonzero() == round(due * param.numel())
 
 
-def test_an_unknown_method_is_refused(capsys):
+def test_unknown_methods_and_folders_are_refused(capsys):
     assert compare.main(["--methods", "magic"]) == 2
     assert "'magic' - should be one of dense, gmp" in capsys.readouterr().err
+    assert compare.main(["--init_from", "nowhere"]) == 2
+    assert "'nowhere' - there is no config.json in it" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         compare.main(["--help"])
