@@ -89,7 +89,7 @@ def test_order_statistics_agree_with_sorting(values, rank, cut):
     k = max(1, round(rank * len(values)))
     ordered = tensor.sort().values
     parts = [part for part in (tensor[:cut], tensor[cut:]) if part.numel()]
-    value, below = kth_smallest(lambda: iter(parts), k)
+    value, below = kth_smallest(lambda: iter(parts), lambda counts: counts, k)
     assert value == ordered[k - 1].item() and below == int((ordered < value).sum())
     edge = lower_edge(histogram(tensor), k)
     assert value - max(value * 2**-7, 2.0**-132) <= edge <= value and int((tensor < edge).sum()) < k

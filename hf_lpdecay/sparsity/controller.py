@@ -1,6 +1,6 @@
 """Drives the decay to a target: how strongly it acts, on what, and the exact cut at the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from .importance import importance_from_activations, importance_from_adam, impor
 from .patterns import parse_pattern
 from .quantiles import histogram, kth_smallest, lower_edge
 from .schedule import MIN_IMPORTANCE_STEPS, Ramp, norm
+from .sharding import before_mine, local, placed_like, summed
 from .units import Units
 
 
@@ -77,7 +78,7 @@ class SparsityController:
         for units in self._units:
             if any("lp_lambda" in self.optimizer.state[param] for param in units.params):
                 for param, size in units.spread(units.size(self._size)):
-                    self.optimizer.state[param]["lp_size"] = size
+                    self.optimizer.state[param]["lp_size"] = placed_like(size, param)
 
     @torch.no_grad()
     def after_step(self, step: int, summed_lr: Callable[[int], list[float]]) -> None:
@@ -118,7 +119,7 @@ class SparsityController:
         sparsity, p = self.ramp.sparsity(following), norm(self.config, self.ramp.progress(step))
         thresholds = {}
         for pool in self._pools:
-            counts = sum(histogram(size) for size in self._sizes(pool))
+            counts = self._summed(sum(histogram(size) for size in self._sizes(pool)), pool)
             threshold = lower_edge(counts, max(1, self._count(pool, sparsity)))
             thresholds.update(dict.fromkeys(_params(pool), threshold))
         self._freeze_zeros()
@@ -142,14 +143,14 @@ class SparsityController:
                 of each feed-forward or attention.
         """
         for pool in self._pools:
-            gone = _smallest(lambda: self._sizes(pool), self._count(pool, sparsity))  # noqa: B023
+            gone = self._smallest(pool, self._count(pool, sparsity))
             if isinstance(pool, Units):
                 (units,) = gone
                 for param, mask in pool.spread(units.float()):
-                    param.masked_fill_(mask > 0, 0.0)
+                    local(param).masked_fill_(local(placed_like(mask, param)) > 0, 0.0)
             else:
                 for param, mask in zip(pool, gone):
-                    param.masked_fill_(mask, 0.0)
+                    local(param).masked_fill_(mask, 0.0)
         self._freeze_zeros()
 
     def _freeze_zeros(self) -> None:
@@ -169,17 +170,43 @@ class SparsityController:
             return round(sparsity * pool.count)
         return self.pattern.count(sparsity, sum(param.numel() for param in pool))
 
-    def _sizes(self, pool: list[Tensor] | Units):
-        """`r` of all that are ranked together, one tensor at a time."""
-        return iter([pool.size(self._size)]) if isinstance(pool, Units) else (self._size(param) for param in pool)
+    def _sizes(self, pool: list[Tensor] | Units) -> Iterator[Tensor]:
+        """`r` of all that are ranked together, one tensor at a time; of weights, this process's pieces."""
+        if isinstance(pool, Units):
+            yield pool.size(self._size).to(torch.float32)
+        else:
+            yield from (local(self._size(param)).to(torch.float32) for param in pool)
 
     def _size(self, param: Tensor) -> Tensor:
-        """`r`, what the plan ranks and the decay acts on: a new tensor, shaped like `param`."""
+        """`r`, what the plan ranks and the decay acts on: a new tensor, shaped and placed like `param`."""
         state = self.optimizer.state[param]
         size = param.detach().abs().to(torch.promote_types(param.dtype, torch.float32))
         if "lp_row" in state:
             size.mul_(state["lp_row"]).mul_(state["lp_col"])
         return size if self.pattern.spec is None else structured_size(size, self.pattern.spec, self._dims[param])
+
+    def _smallest(self, pool: list[Tensor] | Units, count: int) -> Iterator[Tensor]:
+        """Masks of exactly the `count` smallest of a pool; among equals the first ones are taken."""
+        if count == 0:
+            yield from (torch.zeros_like(size, dtype=torch.bool) for size in self._sizes(pool))
+            return
+        threshold, below = kth_smallest(lambda: self._sizes(pool), lambda counts: self._summed(counts, pool), count)
+        spare = count - below
+        equals = torch.stack([(size == threshold).sum() for size in self._sizes(pool)])
+        before, total = (equals * 0, equals) if isinstance(pool, Units) else before_mine(equals, pool[0])
+        # Tensor by tensor, and piece by piece within each.
+        first = (total.cumsum(0) - total + before).tolist()
+        for size, skip in zip(self._sizes(pool), first):
+            size = size.contiguous()
+            gone = size < threshold
+            equal = (size == threshold).view(-1).nonzero().view(-1)[: max(0, spare - skip)]
+            gone.view(-1)[equal] = True
+            yield gone
+
+    @staticmethod
+    def _summed(counts: Tensor, pool: list[Tensor] | Units) -> Tensor:
+        """Over all processes, where each has counted its own pieces; the sizes of units are everywhere the same."""
+        return counts if isinstance(pool, Units) else summed(counts, pool)
 
     def _selected(self, group: dict) -> list[Tensor]:
         return [param for param in group["params"] if id(param) in self._ids]
@@ -187,19 +214,3 @@ class SparsityController:
 
 def _params(pool: list[Tensor] | Units) -> list[Tensor]:
     return pool.params if isinstance(pool, Units) else pool
-
-
-def _smallest(sizes: Callable, count: int):
-    """Masks of exactly the `count` smallest entries of several tensors; among equals the first ones are taken."""
-    if count == 0:
-        yield from (torch.zeros_like(size, dtype=torch.bool) for size in sizes())
-        return
-    threshold, below = kth_smallest(sizes, count)
-    spare = count - below
-    for size in sizes():
-        size = size.to(torch.float32).contiguous()
-        gone = size < threshold
-        equal = (size == threshold).view(-1).nonzero().view(-1)[:spare]
-        spare -= len(equal)
-        gone.view(-1)[equal] = True
-        yield gone

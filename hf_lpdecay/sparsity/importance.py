@@ -5,6 +5,8 @@ Written as `lp_row` and `lp_col` into the optimizer's state, where plan and step
 
 from torch import Tensor
 
+from .sharding import placed_like, whole
+
 
 def importance_from_adam(params: list[Tensor], dims: dict[Tensor, int], state: dict, together: bool) -> None:
     """Factor AdamW's second moment, the expected squared gradient, into rows and columns.
@@ -23,7 +25,7 @@ def importance_from_adam(params: list[Tensor], dims: dict[Tensor, int], state: d
     for param in params:
         if "exp_avg_sq" in state[param]:
             moment = state[param]["exp_avg_sq"]
-            means[param] = moment.mean(1, keepdim=True), moment.mean(0, keepdim=True)
+            means[param] = moment.mean(1, keepdim=True), placed_like(whole(moment.mean(0, keepdim=True)), moment)
     _write_factors(means, state, together)
 
 
@@ -52,7 +54,7 @@ def _write_factors(means: dict[Tensor, tuple[Tensor, Tensor]], state: dict, toge
     The mean square that counts as 1 is each tensor's own or, where tensors are compared, that of all. Tensors of which
     nothing has been seen yet go by their magnitude.
     """
-    seen = {param: rows.mean() for param, (rows, _) in means.items() if rows.any()}
+    seen = {param: mean for param, (rows, _) in means.items() if (mean := whole(rows.mean())) > 0}
     if together:
         total = sum(mean * param.numel() for param, mean in seen.items())
         units = dict.fromkeys(seen, total / max(1, sum(param.numel() for param in seen)))

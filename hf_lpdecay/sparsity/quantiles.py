@@ -37,23 +37,27 @@ def lower_edge(counts: Tensor, k: int) -> float:
     return _value(_bin_of(counts, k) << 16)
 
 
-def kth_smallest(sizes: Callable[[], Iterable[Tensor]], k: int) -> tuple[float, int]:
+def kth_smallest(
+    sizes: Callable[[], Iterable[Tensor]], summed: Callable[[Tensor], Tensor], k: int
+) -> tuple[float, int]:
     """The exact k-th smallest entry of several tensors together, in two passes over them.
 
     Args:
         sizes (`Callable`): Returns an iterable over the tensors (finite, ``>= 0``), the same at every call.
+        summed (`Callable`): Sums counts over all processes that hold pieces; the identity if one holds all.
         k (`int`): Rank, between 1 and the number of entries.
 
     Returns:
         `tuple[float, int]`: The value, and how many entries are strictly smaller.
     """
-    counts = sum(histogram(r) for r in sizes())
+    counts = summed(sum(histogram(r) for r in sizes()))
     high = _bin_of(counts, k)
     below = int(counts[:high].sum())
     low_counts = torch.zeros(_LOW_BINS, dtype=torch.int64, device=counts.device)
     for r in sizes():
         bits = _bits(r)
         low_counts += torch.bincount(bits[(bits >> 16) == high] & 0xFFFF, minlength=_LOW_BINS)
+    low_counts = summed(low_counts)
     low = _bin_of(low_counts, k - below)
     return _value((high << 16) | low), below + int(low_counts[:low].sum())
 

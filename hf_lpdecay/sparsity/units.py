@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .sharding import whole
+
 
 @dataclass(frozen=True, eq=False)
 class UnitSlice:
@@ -65,11 +67,11 @@ class Units:
         """
         total, numel = 0.0, 0
         for param in self.params:
-            squares = size(param).square_()
-            for part in self.slices:
-                if part.param is param:
-                    own = part.of(squares, self.count).flatten(1)
-                    total, numel = total + own.sum(1), numel + own.shape[1]
+            parts = [part for part in self.slices if part.param is param]
+            along = whole(size(param).square_().sum(1 - parts[0].dim))
+            for part in parts:
+                total = total + along.narrow(0, part.start, self.count * part.width).view(self.count, -1).sum(1)
+                numel += part.width * param.shape[1 - part.dim]
         return (total / numel).sqrt_()
 
     def spread(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
