@@ -1,5 +1,6 @@
 """Train Transformers models sparse with the decoupled p-norm weight decay of arXiv 2404.10824."""
 
+from .artifacts import shrink
 from .config import LpDecayConfig
 from .optim import LpAdamW
 from .sparsity import SparsityReport, measure_sparsity
@@ -15,4 +16,5 @@ __all__ = [
     "SparsityCallback",
     "SparsityReport",
     "measure_sparsity",
+    "shrink",
 ]
