@@ -1,0 +1,121 @@
+"""How fast and how large models are for inference, side by side in one run.
+
+    python recipes/benchmark_inference.py outputs/dense outputs/dense-shrunk
+
+Each model lives in a process of its own (so that its memory is its own) and is timed in turns with the others.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+from hf_lpdecay.sparsity.report import write_text
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="Folders of causal language models; the first is the reference.")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="Of the weights.")
+    parser.add_argument("--prompt_tokens", type=int, default=256, help="Length of the prompt (default: 256).")
+    parser.add_argument("--new_tokens", type=int, default=64, help="Tokens to generate (default: 64).")
+    parser.add_argument("--repeats", type=int, default=5, help="Timed rounds, after one that is not (default: 5).")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads.")
+    parser.add_argument("--results_file", default="outputs/benchmark_inference.json", help="JSON file to write.")
+    options = parser.parse_args(argv)
+    for folder in options.models:
+        if not (Path(folder) / "config.json").is_file():
+            print(f"benchmark_inference.py: error: {folder!r} has no config.json.", file=sys.stderr)
+            return 2
+    results = measure(options)
+    Path(options.results_file).parent.mkdir(parents=True, exist_ok=True)
+    facts = {"options": vars(options), "torch": torch.__version__, "python": platform.python_version()}
+    write_text(options.results_file, json.dumps({**facts, "models": results}, indent=2) + "\n")
+    print(f"\n{table(results)}\n\nwritten to {options.results_file}")
+    return 0
+
+
+def measure(options: argparse.Namespace) -> list[dict]:
+    """Time every model in turns: one round of each, again and again."""
+    context = multiprocessing.get_context("spawn")
+    workers, results = [], []
+    try:
+        for folder in options.models:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, folder, vars(options)), daemon=True)
+            process.start()
+            workers.append((process, ours))
+            results.append({"model": folder, **ours.recv(), "prefill_seconds": [], "generate_seconds": []})
+        for turn in tqdm(range(options.repeats + 1), desc="Rounds"):
+            for (_, connection), result in zip(workers, results):
+                connection.send("run")
+                prefill, generate = connection.recv()
+                if turn:  # the first one warms up
+                    result["prefill_seconds"].append(prefill)
+                    result["generate_seconds"].append(generate)
+    finally:
+        for process, _ in workers:
+            process.terminate()
+    for result in results:
+        result["prefill_tokens_per_second"] = options.prompt_tokens / statistics.median(result["prefill_seconds"])
+        result["generate_tokens_per_second"] = options.new_tokens / statistics.median(result["generate_seconds"])
+        for name in ("prefill", "generate"):
+            pairs = zip(results[0][f"{name}_seconds"], result[f"{name}_seconds"])
+            result[f"{name}_speedups"] = sorted(reference / own for reference, own in pairs)
+    return results
+
+
+@torch.inference_mode()
+def serve(connection, folder: str, options: dict) -> None:
+    """In a process of its own: load a model, and time a prompt and a generation whenever asked."""
+    torch.set_num_threads(options["threads"])
+    before = psutil.Process().memory_info().rss
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options["dtype"])).eval()
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(model.config.vocab_size, (1, options["prompt_tokens"]), generator=generator)
+    model(prompt)
+    connection.send(
+        {
+            "parameters": model.num_parameters(),
+            "file_bytes": sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")),
+            "memory_bytes": psutil.Process().memory_info().rss - before,
+        }
+    )
+    length = {"min_new_tokens": options["new_tokens"], "max_new_tokens": options["new_tokens"]}
+    while connection.recv() == "run":
+        started = time.perf_counter()
+        model(prompt)
+        between = time.perf_counter()
+        model.generate(prompt[:, :8], attention_mask=torch.ones_like(prompt[:, :8]), do_sample=False, **length)
+        connection.send((between - started, time.perf_counter() - between))
+
+
+def table(results: list[dict]) -> str:
+    """One row per model; speed as a ratio to the first one of the same round, median and spread."""
+    lines = [
+        "| model | parameters | file, MB | memory, MB | prefill, tokens/s | against the first | generation, tokens/s |"
+        " against the first |",
+        "| --- " * 8 + "|",
+    ]
+    for result in results:
+        cells = [Path(result["model"]).name, f"{result['parameters']:,}"]
+        cells += [f"{result[name] / 1e6:.0f}" for name in ("file_bytes", "memory_bytes")]
+        for name in ("prefill", "generate"):
+            ratios = result[f"{name}_speedups"]
+            cells.append(f"{result[f'{name}_tokens_per_second']:.4g}")
+            cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

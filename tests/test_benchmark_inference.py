@@ -1,0 +1,27 @@
+"""The inference benchmark, on tiny models."""
+
+import json
+
+import benchmark_inference
+from conftest import tiny_llama
+from test_shrink import with_dead
+
+from hf_lpdecay import shrink
+
+
+def test_models_side_by_side(tmp_path, capsys):
+    model = with_dead(tiny_llama(intermediate_size=4096), "neurons", [2048, 2048])
+    model.save_pretrained(tmp_path / "before")
+    shrink(model).save_pretrained(tmp_path / "after")
+    flags = ["--prompt_tokens", "16", "--new_tokens", "4", "--repeats", "2", "--threads", "1"]
+    flags += ["--results_file", str(tmp_path / "results.json")]
+    assert benchmark_inference.main([str(tmp_path / "before"), str(tmp_path / "after"), *flags]) == 0
+    before, after = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert before["parameters"] - after["parameters"] == 2 * 3 * 2048 * 32
+    assert before["file_bytes"] - after["file_bytes"] > 2 * 3 * 2048 * 32 * 4 * 0.99
+    assert before["prefill_speedups"] == before["generate_speedups"] == [1.0, 1.0]
+    assert all(len(each["generate_seconds"]) == 2 and each["memory_bytes"] > 0 for each in (before, after))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[2].startswith("| before |") and rows[3].startswith("| after |")
+    assert benchmark_inference.main([str(tmp_path), *flags]) == 2
+    assert "has no config.json" in capsys.readouterr().err
