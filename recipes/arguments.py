@@ -41,8 +41,9 @@ def parse_recipe(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    # HfArgumentParser forgets the default of a field that may be a list.
-    parser.set_defaults(target_modules=LpDecayConfig.target_modules, **defaults)
+    parser.set_defaults(**defaults)
+    if LpDecayConfig in dataclass_types:  # HfArgumentParser forgets the default of a field that may be a list
+        parser.set_defaults(target_modules=LpDecayConfig.target_modules)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
     given = _given(parser, argv)

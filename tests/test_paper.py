@@ -1,0 +1,37 @@
+"""The recipe that reproduces the paper, on a model that takes seconds."""
+
+import json
+
+import reproduce_paper
+
+
+def entry(p, lp_lambda, loss, sparsity):
+    return {"p": p, "lp_lambda": lp_lambda, "loss": loss, "best_loss": loss, "sparsity": sparsity}
+
+
+def test_the_grid_is_run_judged_and_drawn(tmp_path, texts, capsys):
+    (tmp_path / "text.txt").write_text("".join(texts[0]["text"][:20]))
+    flags = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--block_size", "16", "--max_steps", "30"]
+    flags += ["--p_grid", "0.5", "1.5", "--lambda_grid", "0.3", "--eval_steps", "15", "--warmup_steps", "2"]
+    flags += ["--train_file", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    assert reproduce_paper.main([*flags, "--results_file", str(tmp_path / "paper.json")]) == 0
+    results = json.loads((tmp_path / "paper.json").read_text())
+    assert [(run["p"], run["lp_lambda"]) for run in results["runs"]] == [(None, 0.0), (0.5, 0.3), (1.5, 0.3)]
+    adamw, half, above = results["runs"]
+    assert adamw["sparsity"] == 0.0 and half["sparsity"] > 0.5 > above["sparsity"]
+    assert all(run["best_loss"] <= run["loss"] and run["steps"] == 30 for run in results["runs"])
+    assert len(results["claims"]) == 3 and (tmp_path / "paper.png").read_bytes().startswith(b"\x89PNG")
+    assert "| AdamW | 0 |" in capsys.readouterr().out
+    assert reproduce_paper.main(["--train_file", "nowhere"]) == 2
+    assert reproduce_paper.main(["--p_grid", "0"]) == 2
+    assert "'nowhere': there is no such file" in capsys.readouterr().err
+
+
+def test_claims_are_judged_by_the_numbers():
+    adamw = entry(None, 0.0, 1.5, 0.0)
+    runs = [adamw, entry(0.5, 0.1, 1.51, 0.995), entry(1.5, 0.1, 1.45, 0.2), entry(2.0, 0.1, 1.6, 0.999)]
+    assert [v.split(" (")[0] for v in reproduce_paper.check_claims(runs, 0.01).values()] == ["reproduced"] * 3
+    runs = [adamw, entry(0.5, 0.1, 1.6, 0.995), entry(1.0, 0.1, 1.5, 0.6), entry(1.5, 0.1, 1.55, 0.2)]
+    assert [v.split(" (")[0] for v in reproduce_paper.check_claims(runs, 0.01).values()] == ["not reproduced"] * 3
+    nobody = [adamw, entry(0.5, 0.1, 1.6, 0.995)]
+    assert "no run rivals AdamW" in next(iter(reproduce_paper.check_claims(nobody, 0.01).values()))
