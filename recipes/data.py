@@ -30,7 +30,7 @@ def load_texts(script) -> tuple[Dataset, Dataset]:
             raise ValueError(
                 "Give both --train_file and --validation_file: nothing is evaluated on what was trained on."
             )
-        return tuple(_load_file(path, script.column_names) for path in (script.train_file, script.validation_file))
+        return tuple(load_file(path, script.column_names) for path in (script.train_file, script.validation_file))
     if script.dataset_name == BUILTIN:
         return load_stdlib_text()
     splits = load_dataset(script.dataset_name, script.dataset_config_name)
@@ -111,7 +111,7 @@ def labelled_tokens(
     return train, validation, feature.names
 
 
-def _load_file(path: str, column_names: list[str] | None) -> Dataset:
+def load_file(path: str, column_names: list[str] | None) -> Dataset:
     suffix = Path(path).suffix
     options = {}
     if suffix == ".txt":

@@ -1,6 +1,7 @@
 """What a model is worth."""
 
-from .perplexity import perplexity
+from .harness import lm_eval_scores
+from .perplexity import TextLoss, perplexity, text_loss
 
 
-__all__ = ["perplexity"]
+__all__ = ["TextLoss", "lm_eval_scores", "perplexity", "text_loss"]
