@@ -131,14 +131,15 @@ def arguments(folder, cls=TrainingArguments, **overrides):
     return cls(**{**options, **overrides})
 
 
-def trainer_for(folder, config=None, trainer_cls=LpDecayTrainer, model=None, callbacks=None, **overrides):
+def trainer_for(folder, config=None, trainer_cls=LpDecayTrainer, model=None, callbacks=None, data=None, **overrides):
     set_seed(0)
+    train, test = data or (token_rows(), token_rows(8, seed=1))
     extra = {} if config is None else {"lp_config": config}
     return trainer_cls(
         model=model or tiny_llama(),
         args=arguments(folder, **overrides),
-        train_dataset=token_rows(),
-        eval_dataset=token_rows(8, seed=1),
+        train_dataset=train,
+        eval_dataset=test,
         callbacks=callbacks,
         **extra,
     )
