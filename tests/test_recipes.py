@@ -215,8 +215,21 @@ def test_every_config_parses_and_starts_with_its_launch_command():
         if "finetune.py" not in first:
             continue
         _, lp_config, args, given = finetune.parse(["--config", str(path)])
-        assert lp_config.target_sparsity == yaml.safe_load(path.read_text())["target_sparsity"]
+        assert lp_config.target_sparsity == yaml.safe_load(path.read_text()).get("target_sparsity", 0.5)
         assert args.output_dir == given["output_dir"]
+
+
+LANGUAGE_CONFIGS = sorted({*RECIPES.glob("configs/*/causal-lm.yaml"), *RECIPES.glob("configs/smollm2-135m/*.yaml")})
+
+
+@pytest.mark.parametrize("path", LANGUAGE_CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_language_model_config_trains(path, command, tmp_path):
+    flags = ["--config", str(path), "--max_steps", "24", "--warmup_steps", "0", "--gradient_accumulation_steps", "1"]
+    assert finetune.main([*command, *flags]) == 0
+    facts = json.loads((tmp_path / "out" / "sparsity.json").read_text())
+    expected = yaml.safe_load(path.read_text())
+    assert facts["sparsity"] == pytest.approx(expected.get("target_sparsity", 0.5), abs=1e-4)
+    assert facts["lp_config"]["pattern"] == str(expected.get("pattern", "unstructured"))
 
 
 def test_help_lists_options_with_defaults():
