@@ -1,16 +1,18 @@
 """The p-norm decay for any `Trainer`: a mixin over `create_optimizer`, and two ready classes."""
 
+import os
 from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from ..config import LpDecayConfig
 from ..optim import LpAdamW
 from ..sparsity import Ramp, input_dims, parse_pattern, select_parameters
-from .callbacks import SparsityCallback
+from .callbacks import SparsityCallback, refuse_sharding, unwrapped
 from .checkpoints import last_whole_checkpoint
 from .distillation import Distiller
 
@@ -39,12 +41,13 @@ class LpDecayMixin:
         self.lp_config = lp_config
         self._check_can_decay()
         # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
-        selected = select_parameters(self.model, lp_config.target_modules, lp_config.exclude_modules)
-        parse_pattern(lp_config.pattern).check_all(selected, input_dims(self.model))
+        model = unwrapped(self.model)
+        selected = select_parameters(model, lp_config.target_modules, lp_config.exclude_modules)
+        parse_pattern(lp_config.pattern).check_all(selected, input_dims(model))
         self._lp_names = list(selected)
         self.add_callback(SparsityCallback(lp_config, self._lp_names))
         # Made now as well: when a run is resumed, the model is no longer what it was when training began.
-        self._distiller = Distiller(lp_config, self.model) if lp_config.distill else None
+        self._distiller = Distiller(lp_config, model) if lp_config.distill else None
         self._losses = torch.zeros(3, device=self.args.device)  # the model's own, the distance, steps
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -59,7 +62,7 @@ class LpDecayMixin:
                 }
                 self.optimizer_cls_and_kwargs = (LpAdamW, options)
             super().create_optimizer(model)
-            params = dict((self.model if model is None else model).named_parameters())
+            params = dict(unwrapped(self.model if model is None else model).named_parameters())
             _split_groups(self.optimizer, {id(params[name]) for name in self._lp_names}, self.lp_config)
         return self.optimizer
 
@@ -69,6 +72,9 @@ class LpDecayMixin:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"No whole checkpoint in {self.args.output_dir} to resume from.")
+        if resume_from_checkpoint:  # before the model is loaded
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            self._sparsity_callback().check_checkpoint(state)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -97,13 +103,16 @@ class LpDecayMixin:
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log, with the state of the decay beside the training loss."""
         if "loss" in logs:
-            callbacks = self.callback_handler.callbacks
-            callback = next(callback for callback in callbacks if isinstance(callback, SparsityCallback))
-            logs.update(callback.metrics(self.state.global_step, self.optimizer))
+            logs.update(self._sparsity_callback().metrics(self.state.global_step, self.optimizer))
             if self._distiller is not None:
                 logs["loss_task"], logs["loss_distill"] = (self._losses[:2] / self._losses[2]).tolist()
                 self._losses = torch.zeros(3, device=self.args.device)
         super().log(logs, *args, **kwargs)
+
+    def _sparsity_callback(self) -> SparsityCallback:
+        """Looked up, since a checkpoint's callbacks may have replaced the first one."""
+        callbacks = self.callback_handler.callbacks
+        return next(callback for callback in callbacks if isinstance(callback, SparsityCallback))
 
     def _check_can_decay(self) -> None:
         if self.optimizer is not None:
@@ -120,10 +129,11 @@ class LpDecayMixin:
             raise ValueError(
                 f"optim={OptimizerNames(self.args.optim).value!r} has no p-norm decay: use one of {_OPTIMIZERS}."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        refuse_sharding(self.accelerator.distributed_type)
+        if any(isinstance(callback, SparsityCallback) for callback in self.callback_handler.callbacks):
             raise ValueError(
-                "hf_lpdecay does not support FSDP and DeepSpeed yet: train in one process or with DDP (several"
-                " processes, each with the whole model)."
+                f"callbacks= holds a SparsityCallback, but {type(self).__name__} adds its own: leave it out, or train"
+                " with a plain Trainer."
             )
         steps = self._total_steps()
         if self.lp_config.target_sparsity is not None and steps is not None:
