@@ -3,7 +3,7 @@
 from .config import LpDecayConfig
 from .optim import LpAdamW
 from .sparsity import SparsityReport, measure_sparsity
-from .training import LpDecayMixin, LpDecaySeq2SeqTrainer, LpDecayTrainer, SparsityCallback
+from .training import LpDecayMixin, LpDecaySeq2SeqTrainer, LpDecayTrainer, SparsityCallback, merge_sparse
 
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "SparsityCallback",
     "SparsityReport",
     "measure_sparsity",
+    "merge_sparse",
 ]
