@@ -133,7 +133,7 @@ def trainer_for(folder, config=None, trainer_cls=LpDecayTrainer, model=None, cal
     set_seed(0)
     extra = {} if config is None else {"lp_config": config}
     return trainer_cls(
-        model=model or tiny_llama(),
+        model=tiny_llama() if model is None else model,
         args=arguments(folder, **overrides),
         train_dataset=token_rows(),
         eval_dataset=token_rows(8, seed=1),
