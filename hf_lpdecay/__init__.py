@@ -4,7 +4,7 @@ from .artifacts import shrink
 from .config import LpDecayConfig
 from .optim import LpAdamW
 from .sparsity import SparsityReport, measure_sparsity
-from .training import LpDecayMixin, LpDecaySeq2SeqTrainer, LpDecayTrainer, SparsityCallback
+from .training import LpDecayMixin, LpDecaySeq2SeqTrainer, LpDecayTrainer, SparsityCallback, merge_sparse
 
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "SparsityCallback",
     "SparsityReport",
     "measure_sparsity",
+    "merge_sparse",
     "shrink",
 ]

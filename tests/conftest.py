@@ -136,7 +136,7 @@ def trainer_for(folder, config=None, trainer_cls=LpDecayTrainer, model=None, cal
     train, test = data or (token_rows(), token_rows(8, seed=1))
     extra = {} if config is None else {"lp_config": config}
     return trainer_cls(
-        model=model or tiny_llama(),
+        model=tiny_llama() if model is None else model,
         args=arguments(folder, **overrides),
         train_dataset=train,
         eval_dataset=test,

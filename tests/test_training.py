@@ -28,6 +28,10 @@ from hf_lpdecay.training import last_whole_checkpoint
 TARGET = LpDecayConfig(p=0.5, target_sparsity=0.5)
 
 
+def classified_rows():
+    return [{**row, "labels": row["input_ids"][0] % 2} for row in token_rows()]
+
+
 class Snapshots(TrainerCallback):
     """Zeros of the model after each step."""
 
@@ -83,21 +87,29 @@ def test_one_line_at_the_start_says_what_is_decayed_and_what_not(tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "options",
+    "make, options",
     [
-        {},
-        {"optim": "adamw_torch"},
-        {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "max_steps": -1, "num_train_epochs": 2},
+        (tiny_llama, {"save_strategy": "steps", "save_steps": 15, "eval_strategy": "steps", "eval_steps": 10}),
+        (tiny_llama, {"optim": "adamw_torch", "label_smoothing_factor": 0.1}),
+        (tiny_bert, {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "max_steps": -1, "num_train_epochs": 2}),
     ],
 )
-def test_without_lambda_and_target_it_is_trainer_bit_for_bit(tmp_path, options):
-    ours = trainer_for(tmp_path / "a", LpDecayConfig(lp_lambda=0.0), **options)
-    ours.train()
-    theirs = trainer_for(tmp_path / "b", trainer_cls=Trainer, **options)
-    theirs.train()
-    assert same_bits(weights(ours.model), weights(theirs.model))
-    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (ours, theirs)]
-    assert losses[0] == losses[1]
+def test_without_lambda_and_target_it_is_trainer_bit_for_bit(tmp_path, make, options):
+    trainers, logs, files = [], [], []
+    for config, cls in ((LpDecayConfig(lp_lambda=0.0), LpDecayTrainer), (None, Trainer)):
+        trainer = trainer_for(tmp_path / cls.__name__, config, trainer_cls=cls, model=make(), **options)
+        trainers.append(trainer)
+        if make is tiny_bert:
+            trainer.train_dataset = trainer.eval_dataset = classified_rows()
+        trainer.train()
+        trainer.save_model()
+        names = ("loss", "grad_norm", "eval_loss", "learning_rate")
+        logs.append([{name: entry.get(name) for name in names} for entry in trainer.state.log_history])
+        folder = Path(trainer.args.output_dir)
+        paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+        files.append({name: name.endswith("safetensors") and path.read_bytes() for name, path in paths.items()})
+    assert same_bits(weights(trainers[0].model), weights(trainers[1].model))
+    assert logs[0] == logs[1] and files[0] == files[1]
 
 
 def test_the_plain_method_runs_at_constant_lambda(tmp_path):
@@ -235,8 +247,9 @@ def test_groups_keep_the_trainers_weight_decay_and_mark_what_is_decayed(tmp_path
 
 
 def test_classifier_and_seq2seq_trainers(tmp_path):
-    rows = [{**row, "labels": row["input_ids"][0] % 2} for row in token_rows()]
-    classifier = LpDecayTrainer(tiny_bert(), arguments(tmp_path / "a"), train_dataset=rows, lp_config=TARGET)
+    classifier = LpDecayTrainer(
+        tiny_bert(), arguments(tmp_path / "a"), train_dataset=classified_rows(), lp_config=TARGET
+    )
     classifier.train()
     assert measure_sparsity(classifier.model).sparsity == 0.5
     t5 = LpDecaySeq2SeqTrainer(

@@ -29,10 +29,10 @@ class LpAdamW(torch.optim.Optimizer):
 
     Parameters without a gradient are left alone. Every hyperparameter lives in `param_groups`. A parameter may carry
     a plan of its own in its state, which [`~hf_lpdecay.sparsity.SparsityController`] writes: ``lp_lambda`` (in place
-    of the group's), ``lp_threshold`` (weights not below it are exempt), ``lp_row`` and ``lp_col`` (importance),
-    ``lp_size`` (sizes of the units that the weights belong to, in place of their own), and for the pattern, if its
-    group has a ``pattern``, ``lp_dim`` (the dimension of the input features) and ``lp_rows`` (how many rows must be
-    seen together).
+    of the group's), ``lp_freeze_zeros`` (beside the group's), ``lp_threshold`` (weights not below it are exempt),
+    ``lp_row`` and ``lp_col`` (importance), ``lp_size`` (sizes of the units that the weights belong to, in place of
+    their own), and for the pattern, if its group has a ``pattern``, ``lp_dim`` (the dimension of the input features)
+    and ``lp_rows`` (how many rows must be seen together).
 
     bfloat16 and float16 weights are updated in float32 (moments are kept in float32 too) and written back with
     stochastic rounding, without which most of the decay would be lost.
@@ -145,6 +145,7 @@ class LpAdamW(torch.optim.Optimizer):
 
         lr = float(group["lr"])
         lp_lambda = state.get("lp_lambda", group["lp_lambda"])
+        freeze_zeros = group["freeze_zeros"] or state.get("lp_freeze_zeros", False)
         pattern = group.get("pattern")
         if group["s_rate"] < 1 and lr > 0 and lp_lambda > 0 and "lp_s" not in state:
             # Below zero: not set yet.
@@ -160,7 +161,7 @@ class LpAdamW(torch.optim.Optimizer):
             "weight_decay": group["weight_decay"],
             "p": group["p"],
             "lp_lambda": lp_lambda,
-            "freeze_zeros": group["freeze_zeros"],
+            "freeze_zeros": freeze_zeros,
             "post_step": group["post_step"],
             "s_rate": group["s_rate"],
             "threshold": state.get("lp_threshold"),
@@ -177,7 +178,7 @@ class LpAdamW(torch.optim.Optimizer):
                 lp_adamw_(weight, grad.float(), *moments, **factors, **hyperparameters)
                 pieces[0].copy_(stochastic_round(weight, param.dtype) if rounding else weight)
             state["step"] += 1
-        elif (lr > 0 and lp_lambda > 0) or group["freeze_zeros"]:
+        elif (lr > 0 and lp_lambda > 0) or freeze_zeros:
             for pieces, factors in _chunks(tensors, state, contiguous and pattern is None):
                 moments = (*pieces[2:4], state["step"].clone(), *pieces[4:])
                 lp_adamw_(*pieces[:2], *moments, **factors, **hyperparameters)

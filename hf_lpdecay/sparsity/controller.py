@@ -37,7 +37,7 @@ class SparsityController:
     Args:
         config (`LpDecayConfig`): With a `target_sparsity`.
         params (`dict[str, torch.Tensor]`): The selected parameters by name.
-        optimizer (`LpAdamW`): Holds them, in groups that hold nothing else.
+        optimizer (`LpAdamW`): Holds them, best in groups that hold nothing else.
         ramp (`Ramp`): The schedule.
         input_dims (`dict[str, int]`, *optional*): For each parameter the dimension of the input features, if it is
             not 1 (as in GPT-2's `Conv1D`).
@@ -155,7 +155,12 @@ class SparsityController:
 
     def _freeze_zeros(self) -> None:
         for group in self.optimizer.param_groups:
-            group["freeze_zeros"] = group["freeze_zeros"] or bool(self._selected(group))
+            selected = self._selected(group)
+            if len(selected) == len(group["params"]):
+                group["freeze_zeros"] = True
+                continue
+            for param in selected:  # the others' zeros, such as those of new biases, must stay free
+                self.optimizer.state[param]["lp_freeze_zeros"] = True
 
     def _finish(self) -> None:
         self.cut(self.ramp.target)

@@ -97,7 +97,7 @@ class PlainSchedule:
     Args:
         config (`LpDecayConfig`): With an `lp_lambda`.
         params (`dict[str, torch.Tensor]`): The selected parameters by name.
-        optimizer (`LpAdamW`): Holds them, in groups that hold nothing else.
+        optimizer (`LpAdamW`): Holds them, best in groups that hold nothing else.
         total_steps (`int`): Optimizer steps in the run.
     """
 
@@ -117,7 +117,13 @@ class PlainSchedule:
         """Set what holds in the step after `step` optimizer steps."""
         progress = min(max((step - self._start) / (self._end - self._start), 0.0), 1.0)
         shares = {"constant": 1.0, "linear": progress, "cubic": cubic(progress)}
+        lp_lambda = self.config.lp_lambda * shares[self.config.lp_lambda_schedule]
         for group in self._optimizer.param_groups:
-            if any(id(param) in self._ids for param in group["params"]):
+            selected = [param for param in group["params"] if id(param) in self._ids]
+            if selected:
                 group["p"] = norm(self.config, progress)
-                group["lp_lambda"] = self.config.lp_lambda * shares[self.config.lp_lambda_schedule]
+            if len(selected) == len(group["params"]):
+                group["lp_lambda"] = lp_lambda
+                continue
+            for param in selected:
+                self._optimizer.state[param]["lp_lambda"] = lp_lambda

@@ -5,6 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -13,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..config import LpDecayConfig
+from ..optim import LpAdamW
 from ..sparsity import (
     ActivationStatistics,
     PlainSchedule,
@@ -35,12 +39,28 @@ PHASE_NUMBERS = {DENSE: 0, DECAY: 1, SETTLE: 2}
 class SparsityCallback(TrainerCallback, ExportableState):
     """Drives the p-norm decay of an [`~hf_lpdecay.LpAdamW`] that a `Trainer` steps.
 
-    [`LpDecayMixin`] adds it by itself.
+    [`LpDecayMixin`] adds it by itself. A `Trainer` of any class can be given it together with the optimizer; the same
+    weights become zero, and a run resumes as exactly.
 
     Args:
         lp_config (`LpDecayConfig` or `dict`): How the model is made sparse.
         names (`list[str]`, *optional*): Names of the parameters that take part. Defaults to what `lp_config` selects
             when training begins.
+
+    Raises:
+        ValueError: If `lp_config` asks for distillation, which needs the loss and therefore [`LpDecayMixin`].
+
+    Example:
+
+    ```python
+    >>> trainer = Trainer(
+    ...     model,
+    ...     args,
+    ...     train_dataset=data,
+    ...     optimizer_cls_and_kwargs=(LpAdamW, {"lr": args.learning_rate}),
+    ...     callbacks=[SparsityCallback(LpDecayConfig(p=0.5, target_sparsity=0.5))],
+    ... )
+    ```
     """
 
     controller_class = SparsityController
@@ -48,6 +68,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def __init__(self, lp_config: LpDecayConfig | dict[str, Any], names: list[str] | None = None):
         self.lp_config = LpDecayConfig(**lp_config) if isinstance(lp_config, dict) else lp_config
         self.names = names
+        if self.lp_config.distill and names is None:
+            raise ValueError(
+                f"distill={self.lp_config.distill!r} needs the loss, which a callback does not see: use LpDecayTrainer"
+                " or LpDecayMixin, or leave distill out."
+            )
         self._params: dict[str, nn.Parameter] = {}
         self._ramp: Ramp | None = None
         self._controller: SparsityController | None = None
@@ -55,8 +80,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._activations: ActivationStatistics | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the config, against which a resumed run is checked."""
-        return {"args": {"lp_config": asdict(self.lp_config)}, "attributes": {}}
+        """What a checkpoint keeps: the config, against which a resumed run is checked, and the names."""
+        return {"args": {"lp_config": asdict(self.lp_config), "names": self.names}, "attributes": {}}
 
     def on_train_begin(
         self,
@@ -67,10 +92,16 @@ class SparsityCallback(TrainerCallback, ExportableState):
         optimizer=None,
         **kwargs,
     ):
-        self._check_same_config(state)
+        self._check_ranks()
+        self._check_optimizer(optimizer)
+        self.check_checkpoint(state)
+        model = unwrapped(model)
+        if self.names is None:
+            self.names = list(participants(model, self.lp_config))
         params = dict(model.named_parameters())
-        names = list(participants(model, self.lp_config)) if self.names is None else self.names
-        self._params = {name: params[name] for name in names}
+        self._params = {name: params[name] for name in self.names}
+        if state.global_step == 0:  # a checkpoint knows
+            self._mark(optimizer)
         if self.lp_config.target_sparsity is None:
             self._schedule = PlainSchedule(self.lp_config, self._params, optimizer, state.max_steps)
         else:
@@ -89,6 +120,12 @@ class SparsityCallback(TrainerCallback, ExportableState):
     ):
         # Before the step is logged, evaluated and saved, so that a checkpoint holds the plan that follows it.
         self._advance(state.global_step, optimizer, kwargs["lr_scheduler"])
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
+        if "loss" in logs and "sparsity" not in logs:  # without LpDecayMixin, which the trackers hear as well
+            metrics = self.metrics(state.global_step, kwargs["optimizer"])
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._finish_gathering()
@@ -112,10 +149,41 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if not self._params:
             return {}
         if self._controller is None:
-            lp_lambda, phase = max(group["lp_lambda"] for group in optimizer.param_groups), DECAY
+            strengths = (
+                optimizer.state[param].get("lp_lambda", group["lp_lambda"])
+                for group in optimizer.param_groups
+                for param in group["params"]
+            )
+            lp_lambda, phase = max(strengths), DECAY
         else:
             lp_lambda, phase = self._controller.lp_lambda(), self._ramp.phase(step)
         return {"sparsity": self.sparsity(), "lp_lambda": lp_lambda, "lp_phase": PHASE_NUMBERS[phase]}
+
+    def check_checkpoint(self, state: TrainerState) -> None:
+        """Check that a resumed run goes on as it began.
+
+        Args:
+            state (`TrainerState`): As the checkpoint has it; that of a new run passes.
+
+        Raises:
+            ValueError: If the checkpoint was made with another config, or without this callback.
+        """
+        if state.global_step == 0:
+            return
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if not isinstance(saved, dict):
+            raise ValueError(
+                f"The checkpoint at step {state.global_step} was not written with one SparsityCallback, so it says"
+                " nothing about the decay: start a new run from its weights."
+            )
+        changed = _differences(saved["args"]["lp_config"], asdict(self.lp_config), "now")
+        if changed:
+            raise ValueError(
+                f"This checkpoint was trained with {changed}. Resume with the same LpDecayConfig, or start a"
+                " new run in another output_dir."
+            )
+        if self.names is None:  # not chosen anew: a tensor may be zero by now because it was pruned
+            self.names = saved["args"]["names"]
 
     @torch.no_grad()
     def sparsity(self) -> float:
@@ -149,18 +217,44 @@ class SparsityCallback(TrainerCallback, ExportableState):
             self._activations.finish()
             self._activations = None
 
-    def _check_same_config(self, state: TrainerState) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        saved = saved["args"]["lp_config"] if isinstance(saved, dict) else {}
-        now = asdict(self.lp_config)
-        changed = [
-            f"{name}={saved[name]!r} (now {now[name]!r})" for name in now if saved.get(name, now[name]) != now[name]
-        ]
-        if changed:
+    def _check_ranks(self) -> None:
+        """Every process must have the same config, or they would make different weights zero."""
+        first, *others = gather_object([asdict(self.lp_config)])
+        for rank, other in enumerate(others, start=1):
+            changed = _differences(other, first, "rank 0:")
+            if changed:
+                raise ValueError(f"Rank {rank} has an LpDecayConfig with {changed}: give every process the same one.")
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        refuse_sharding(AcceleratorState().distributed_type)
+        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        if not isinstance(inner, LpAdamW):
             raise ValueError(
-                f"This checkpoint was trained with {', '.join(changed)}. Resume with the same LpDecayConfig, or start a"
-                " new run in another output_dir."
+                f"SparsityCallback drives an LpAdamW, but the Trainer steps a {type(inner).__name__}: give the Trainer"
+                " optimizer_cls_and_kwargs=(LpAdamW, {'lr': ...}), or use LpDecayTrainer."
             )
+
+    def _mark(self, optimizer: torch.optim.Optimizer) -> None:
+        """Mark the selected parameters in groups that hold others too, such as those that a plain `Trainer` makes.
+
+        To split a group now would be too late: the scheduler and a checkpoint's optimizer state are fitted to it.
+        """
+        selected = {id(param) for param in self._params.values()}
+        for group in optimizer.param_groups:
+            chosen = [param for param in group["params"] if id(param) in selected]
+            if len(chosen) == len(group["params"]):
+                continue
+            for option in ("lp_lambda", "freeze_zeros"):
+                if group[option]:
+                    raise ValueError(
+                        f"LpAdamW was given {option}={group[option]} for all parameters, embeddings and biases too:"
+                        " leave it out, SparsityCallback sets it where its LpDecayConfig says."
+                    )
+            if self.lp_config.freeze_zeros:
+                for param in chosen:
+                    optimizer.state[param]["lp_freeze_zeros"] = True
+        for group in optimizer.param_groups:  # without a strength they do nothing
+            group.update(p=self.lp_config.p, post_step=self.lp_config.post_step, s_rate=self.lp_config.s_rate)
 
     def _summary(self, model: nn.Module) -> str:
         config, numel = self.lp_config, sum(param.numel() for param in self._params.values())
@@ -180,6 +274,25 @@ class SparsityCallback(TrainerCallback, ExportableState):
             f"p-norm decay (p={config.p:g}) on {len(self._params)} of {len(trained)} trained tensors, {numel:,} of"
             f" {total:,} weights ({numel / total:.1%}), {plan}; not on {len(others)} others"
             + (f" ({examples})." if others else ".")
+        )
+
+
+def _differences(config: dict[str, Any], other: dict[str, Any], what: str) -> str:
+    names = [name for name in other if config.get(name, other[name]) != other[name]]
+    return ", ".join(f"{name}={config[name]!r} ({what} {other[name]!r})" for name in names)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and DDP, whose parameters' names have no prefix."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def refuse_sharding(distributed_type: DistributedType) -> None:
+    """Raise where a process does not hold the whole model."""
+    if distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"hf_lpdecay does not support {distributed_type.value} yet: train in one process or with DDP (several"
+            " processes, each with the whole model)."
         )
 
 

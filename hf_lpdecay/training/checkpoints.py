@@ -1,10 +1,17 @@
-"""Which checkpoint of a run can be resumed."""
+"""Checkpoints that are whole: how they are written, and which one can be resumed."""
 
 import json
 import os
 import re
+import shutil
 
+from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+
+# Neither the rotation of checkpoints nor a push to the hub looks at a name that starts like this.
+UNFINISHED = "_unfinished"
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -21,11 +28,11 @@ def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """
     steps = []
     for entry in os.listdir(output_dir) if os.path.isdir(output_dir) else []:
-        match = re.fullmatch(r"checkpoint-(\d+)", entry)
+        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", entry)
         if match:
             steps.append(int(match.group(1)))
     for step in sorted(steps, reverse=True):
-        checkpoint = os.path.join(output_dir, f"checkpoint-{step}")
+        checkpoint = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
         try:
             with open(os.path.join(checkpoint, TRAINER_STATE_NAME), encoding="utf-8") as file:
                 json.load(file)
@@ -33,3 +40,48 @@ def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
             continue
         return checkpoint
     return None
+
+
+class WholeCheckpointsMixin:
+    """Makes a `Trainer` write each checkpoint whole or not at all: in a folder aside, which is then renamed.
+
+    Under its final name there is never a checkpoint that lacks a file, whatever reads it and whenever the run is
+    killed. What was left aside by a killed run is deleted when the next checkpoint is written.
+    """
+
+    _writing = False
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._writing else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._writing:  # an upload in the background must not read from a folder that is about to move
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        folder = self._get_output_dir(trial)
+        aside, name = os.path.join(folder, UNFINISHED), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        written, final = os.path.join(aside, name), os.path.join(folder, name)
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._writing = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writing = False
+        if self.state.best_model_checkpoint == written:
+            self.state.best_model_checkpoint = final
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()  # every process has written its part
+        if self.args.should_save:
+            if os.path.isdir(final):  # of an earlier run that came as far
+                os.rename(final, os.path.join(aside, "replaced"))
+            os.rename(written, final)
+            shutil.rmtree(aside, ignore_errors=True)
+            rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)

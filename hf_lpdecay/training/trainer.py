@@ -1,29 +1,36 @@
 """The p-norm decay for any `Trainer`: a mixin over `create_optimizer`, and two ready classes."""
 
+import math
+import os
 from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from ..config import LpDecayConfig
 from ..optim import LpAdamW
 from ..sparsity import Ramp, participants
-from .callbacks import SparsityCallback
-from .checkpoints import last_whole_checkpoint
+from .callbacks import SparsityCallback, refuse_sharding, unwrapped
+from .checkpoints import WholeCheckpointsMixin, last_whole_checkpoint
 from .distillation import Distiller
 
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
-class LpDecayMixin:
+class LpDecayMixin(WholeCheckpointsMixin):
     """Makes a `Trainer` train sparse. Put it in front: `class MyTrainer(LpDecayMixin, Trainer)`.
 
     It makes the optimizer an [`~hf_lpdecay.LpAdamW`] with the learning rate, betas, epsilon and weight decay of the
     `TrainingArguments`, gives the selected weights groups of their own, drives them to the target with a
     [`SparsityCallback`], and puts `sparsity`, `lp_lambda` and `lp_phase` beside the loss in the logs.
+
+    A loss or gradient that is not finite stops the run before a weight is touched. With a gradient scaler (fp16)
+    such a step is skipped, decay included, until no scaling is left that could be to blame. Checkpoints are written
+    whole or not at all.
 
     Args:
         args, kwargs: For the `Trainer`.
@@ -32,6 +39,7 @@ class LpDecayMixin:
     Raises:
         ValueError: If nothing can be selected, if the ramp is too short, or if the arguments ask for another optimizer,
             FSDP or DeepSpeed.
+        FloatingPointError: In training, if the loss or the gradient is not finite.
     """
 
     def __init__(self, *args, lp_config: LpDecayConfig, **kwargs):
@@ -39,10 +47,11 @@ class LpDecayMixin:
         self.lp_config = lp_config
         self._check_can_decay()
         # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
-        self._lp_names = list(participants(self.model, lp_config))
+        model = unwrapped(self.model)
+        self._lp_names = list(participants(model, lp_config))
         self.add_callback(SparsityCallback(lp_config, self._lp_names))
         # Made now as well: when a run is resumed, the model is no longer what it was when training began.
-        self._distiller = Distiller(lp_config, self.model) if lp_config.distill else None
+        self._distiller = Distiller(lp_config, model) if lp_config.distill else None
         self._losses = torch.zeros(3, device=self.args.device)  # the model's own, the distance, steps
 
     @property
@@ -62,7 +71,7 @@ class LpDecayMixin:
                 }
                 self.optimizer_cls_and_kwargs = (LpAdamW, options)
             super().create_optimizer(model)
-            params = dict((self.model if model is None else model).named_parameters())
+            params = dict(unwrapped(self.model if model is None else model).named_parameters())
             _split_groups(self.optimizer, {id(params[name]) for name in self._lp_names}, self.lp_config)
         return self.optimizer
 
@@ -72,16 +81,35 @@ class LpDecayMixin:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"No whole checkpoint in {self.args.output_dir} to resume from.")
+        if resume_from_checkpoint:  # before the model is loaded
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            self._sparsity_callback().check_checkpoint(state)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The `Trainer`'s loss, in training plus the distance from the teacher if there is one."""
-        if self._distiller is None or not model.training:
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        if self._distiller is not None:
+            loss, outputs = self._distilled_loss(model, inputs, num_items_in_batch)
+        elif return_outputs:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch), None
+        # A loss that is not finite makes the gradient so, on every process: then the norm alone need be looked at.
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss.dtype)
+        return (loss, outputs) if return_outputs else loss
+
+    def _distilled_loss(self, model, inputs, num_items_in_batch):
+        what = f"distill={self.lp_config.distill!r} compares the teacher's and the student's logits where there are"
+        if "labels" not in inputs:
+            raise ValueError(f"{what} labels, and the batches of {type(self).__name__} have none: leave it out.")
         if self.lp_config.distill_hidden:
             inputs = {**inputs, "output_hidden_states": True}
         # A copy, since the Trainer takes the labels out for some losses.
         loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch=num_items_in_batch)
+        if not outputs["logits"].requires_grad:  # such as those of TRL's fused head, computed anew for metrics
+            raise ValueError(f"{what} labels, and those of {type(self).__name__} have no gradient: leave it out.")
         inputs.pop("output_hidden_states", None)
         distance, count = self._distiller.loss(inputs, outputs)
         # Scaled as the Trainer scales the loss over accumulated batches and devices.
@@ -94,19 +122,40 @@ class LpDecayMixin:
         self._losses += torch.stack([loss.detach(), distance.detach(), torch.ones_like(loss)]) * loss.new_tensor(
             [share, share, steps]
         )
-        loss = loss + self.lp_config.distill_weight * distance
-        return (loss, outputs) if return_outputs else loss
+        return loss + self.lp_config.distill_weight * distance, outputs
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm that the `Trainer` has of every step anyway: the last look before the weights are touched."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            stop = not math.isfinite(grad_norm)
+        else:  # it skips such a step and halves its scale; below 1 the gradient itself is not finite
+            stop = self.accelerator.optimizer_step_was_skipped and scaler.get_scale() < 1
+        if stop:
+            checkpoint = last_whole_checkpoint(self.args.output_dir)
+            raise FloatingPointError(
+                f"The loss or the gradient is not finite at step {self.state.global_step + 1} (gradient norm"
+                f" {float(grad_norm)}): the step was not taken. "
+                + (f"The last good checkpoint is {checkpoint}" if checkpoint else "No checkpoint was written yet")
+                + f". Look at the batch, lower the learning rate (now {self._get_learning_rate():g}) or warm up for"
+                " longer, and resume or start again."
+            )
+        return grad_norm
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log, with the state of the decay beside the training loss."""
         if "loss" in logs:
-            callbacks = self.callback_handler.callbacks
-            callback = next(callback for callback in callbacks if isinstance(callback, SparsityCallback))
-            logs.update(callback.metrics(self.state.global_step, self.optimizer))
+            logs.update(self._sparsity_callback().metrics(self.state.global_step, self.optimizer))
             if self._distiller is not None:
                 logs["loss_task"], logs["loss_distill"] = (self._losses[:2] / self._losses[2]).tolist()
                 self._losses = torch.zeros(3, device=self.args.device)
         super().log(logs, *args, **kwargs)
+
+    def _sparsity_callback(self) -> SparsityCallback:
+        """Looked up, since a checkpoint's callbacks may have replaced the first one."""
+        callbacks = self.callback_handler.callbacks
+        return next(callback for callback in callbacks if isinstance(callback, SparsityCallback))
 
     def _check_can_decay(self) -> None:
         if self.optimizer is not None:
@@ -123,10 +172,11 @@ class LpDecayMixin:
             raise ValueError(
                 f"optim={OptimizerNames(self.args.optim).value!r} has no p-norm decay: use one of {_OPTIMIZERS}."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        refuse_sharding(self.accelerator.distributed_type)
+        if any(isinstance(callback, SparsityCallback) for callback in self.callback_handler.callbacks):
             raise ValueError(
-                "hf_lpdecay does not support FSDP and DeepSpeed yet: train in one process or with DDP (several"
-                " processes, each with the whole model)."
+                f"callbacks= holds a SparsityCallback, but {type(self).__name__} adds its own: leave it out, or train"
+                " with a plain Trainer."
             )
         steps = self._total_steps()
         if self.lp_config.target_sparsity is not None and steps is not None:
