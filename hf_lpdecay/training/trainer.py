@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
@@ -13,6 +13,7 @@ from ..sparsity import Ramp, participants
 from .callbacks import SparsityCallback
 from .checkpoints import last_whole_checkpoint
 from .distillation import Distiller
+from .record import card_facts, write_record
 
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -29,6 +30,10 @@ class LpDecayMixin:
         args, kwargs: For the `Trainer`.
         lp_config (`LpDecayConfig`): How the model is made sparse.
 
+    Attributes:
+        lp_facts (`dict[str, Any]`): What else sparsity.json and the model card shall say of the model, see
+            [`~hf_lpdecay.training.write_record`]. Yours to fill.
+
     Raises:
         ValueError: If nothing can be selected, if the ramp is too short, or if the arguments ask for another optimizer,
             FSDP or DeepSpeed.
@@ -37,6 +42,7 @@ class LpDecayMixin:
     def __init__(self, *args, lp_config: LpDecayConfig, **kwargs):
         super().__init__(*args, **kwargs)
         self.lp_config = lp_config
+        self.lp_facts: dict[str, Any] = {}
         self._check_can_decay()
         # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
         self._lp_names = list(participants(self.model, lp_config))
@@ -107,6 +113,27 @@ class LpDecayMixin:
                 logs["loss_task"], logs["loss_distill"] = (self._losses[:2] / self._losses[2]).tolist()
                 self._losses = torch.zeros(3, device=self.args.device)
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
+        """Write sparsity.json and the model card, README.md, into the output folder; `push_to_hub` calls it.
+
+        Args:
+            model_name (`str`, *optional*): Title of the card.
+            facts (`Any`): As for `Trainer.create_model_card`: `language`, `license`, `tags`, `finetuned_from`, `tasks`,
+                and the data set's id as `dataset_tags`, `dataset` or TRL's `dataset_name`.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PreTrainedModel):  # an adapter, or a model that from_pretrained cannot load
+            super().create_model_card(model_name=model_name, **facts)
+            return
+        # TRL asks for a card with every checkpoint, when the output folder does not hold the model yet.
+        if not self.is_world_process_zero() or self.is_in_train:
+            return
+        # Here, since artifacts builds on training and not the other way round.
+        from ..artifacts.card import write_card
+
+        write_record(self, self.args.output_dir, **card_facts(facts))
+        write_card(self.args.output_dir, self.hub_model_id, model_name)
 
     def _check_can_decay(self) -> None:
         if self.optimizer is not None:
