@@ -1,6 +1,6 @@
 """Train Transformers models sparse with the decoupled p-norm weight decay of arXiv 2404.10824."""
 
-from .artifacts import shrink
+from .artifacts import push_to_hub, shrink
 from .config import LpDecayConfig
 from .optim import LpAdamW
 from .sparsity import SparsityReport, measure_sparsity
@@ -16,5 +16,6 @@ __all__ = [
     "SparsityCallback",
     "SparsityReport",
     "measure_sparsity",
+    "push_to_hub",
     "shrink",
 ]
