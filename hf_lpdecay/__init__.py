@@ -1,6 +1,6 @@
 """Train Transformers models sparse with the decoupled p-norm weight decay of arXiv 2404.10824."""
 
-from .artifacts import shrink
+from .artifacts import push_to_hub, shrink
 from .config import LpDecayConfig
 from .optim import LpAdamW
 from .sparsity import SparsityReport, measure_sparsity
@@ -17,5 +17,6 @@ __all__ = [
     "SparsityReport",
     "measure_sparsity",
     "merge_sparse",
+    "push_to_hub",
     "shrink",
 ]

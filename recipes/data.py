@@ -2,10 +2,13 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from datasets import ClassLabel, Dataset, Value, load_dataset
 from stdlib_text import load_stdlib_text
 from transformers import PreTrainedTokenizerBase
+
+from hf_lpdecay.training.record import without_path
 
 
 BUILTIN = "stdlib"
@@ -38,6 +41,22 @@ def load_texts(script) -> tuple[Dataset, Dataset]:
         if split not in splits:
             raise ValueError(f"{script.dataset_name} has no split {split!r}, only {', '.join(splits)}.")
     return splits[script.train_split], splits[script.validation_split]
+
+
+def data_facts(script) -> dict[str, Any]:
+    """What sparsity.json and the model card say of the data, in the words of `write_record`."""
+    if script.train_file:
+        kind = _BUILDERS[Path(script.validation_file).suffix]
+        evaluated_on = {"name": Path(script.validation_file).name, "type": kind}
+        return {"trained_on": f"{Path(script.train_file).name} (a local file)", "evaluated_on": evaluated_on}
+    if script.dataset_name == BUILTIN:
+        name = "the documentation in Python's standard library"
+        return {"trained_on": name, "evaluated_on": {"name": name, "type": BUILTIN, "split": "held-out documents"}}
+    name = without_path(script.dataset_name)
+    evaluated_on = {"name": name, "type": name, "split": script.validation_split}
+    if script.dataset_config_name:
+        evaluated_on["config"] = script.dataset_config_name
+    return {"datasets": [name], "trained_on": name, "evaluated_on": evaluated_on}
 
 
 def check_files(script) -> None:

@@ -5,22 +5,20 @@ accelerate launch recipes/finetune.py --config recipes/configs/minilm/sst2.yaml 
 """
 
 import os
-import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import evaluate
 import psutil
 import torch
-import transformers
 from accelerate import PartialState
 from arguments import parse_recipe
-from data import BUILTIN, blocks_of_tokens, check_files, labelled_tokens, load_texts, text_column
+from data import BUILTIN, blocks_of_tokens, check_files, data_facts, labelled_tokens, load_texts, text_column
 from datasets import Dataset
-from pypi_models import resolve_model
+from pypi_models import license_of, resolve_model
 from run_folder import claim_folder
 from tqdm.auto import tqdm
 from transformers import (
@@ -34,9 +32,9 @@ from transformers import (
     set_seed,
 )
 
-from hf_lpdecay import LpDecayConfig, LpDecayTrainer, measure_sparsity
+from hf_lpdecay import LpDecayConfig, LpDecayTrainer
 from hf_lpdecay.evaluation import perplexity
-from hf_lpdecay.training import last_whole_checkpoint
+from hf_lpdecay.training import last_whole_checkpoint, write_record
 
 
 HERE = Path(__file__).parent
@@ -111,7 +109,9 @@ def main(argv: list[str]) -> int:
     model = type(trainer.model).from_pretrained(args.output_dir, dtype=torch.float32)
     after = evaluate_model(model, "after")
     if trainer.is_world_process_zero():
-        write_report(script, lp_config, trainer, model, {"before": before, "after": after}, seconds)
+        write_report(script, trainer, {"before": before, "after": after}, seconds)
+    if args.push_to_hub:  # again, now that the card has results
+        trainer.push_to_hub()
     return 0
 
 
@@ -221,34 +221,21 @@ def head(dataset, size: int | None):
     return dataset if size is None else dataset.select(range(min(size, len(dataset))))
 
 
-def write_report(script, lp_config, trainer, model, results: dict[str, dict[str, float]], seconds: float) -> None:
+def write_report(script, trainer, results: dict[str, dict[str, float]], seconds: float) -> None:
     """Write sparsity.json and sparsity.png beside the model, and say what came out."""
-    args, folder = trainer.args, Path(trainer.args.output_dir)
-    report = measure_sparsity(model, trainer.lp_modules)
+    folder = Path(trainer.args.output_dir)
     validation = trainer.eval_dataset
-    report.to_json(
-        folder / "sparsity.json",
+    facts = data_facts(script)
+    facts["evaluated_on"] |= {"examples": len(validation), "block_size": script.block_size, "dtype": "float32"}
+    report = write_record(
+        trainer,
+        folder,
         base_model=script.model_name_or_path,
+        license=license_of(script.model_name_or_path),
         task=script.task,
         results=results,
-        evaluated_on={"examples": len(validation), "block_size": script.block_size, "dtype": "float32"},
-        lp_config=asdict(lp_config),
-        training={
-            "steps": trainer.state.global_step,
-            "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
-            "learning_rate": args.learning_rate,
-            "seed": args.seed,
-            "bf16_autocast": args.bf16,
-            "seconds": round(seconds, 1),
-        },
-        versions={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        log_history=trainer.state.log_history,
+        **facts,
     )
-    report.plot(folder / "sparsity.png", trainer.state.log_history, title=script.model_name_or_path)
     print(f"\n{report.table(by='module')}\n")
     for name, value in results["before"].items():
         unit = f" ({len(validation)} windows of {script.block_size} tokens)" if name == "perplexity" else ""

