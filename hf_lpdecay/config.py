@@ -41,8 +41,9 @@ class LpDecayConfig:
             for itself; `"n:m"`, such as `"2:4"`: n of any m consecutive weights along the input features survive, which
             says the target as well; `"block:RxC"`: tiles of R output and C input features are zero as one;
             `"neurons"`: the rows and the column of a feed-forward's hidden unit are; `"heads"`: the rows and columns
-            of an attention head are, or those of a key/value group and its heads. The target is then the fraction of
-            the neurons or heads of each layer. All but the first need a target.
+            of an attention head are, or those of a key/value group and its heads; `"rank"`: a row of LoRA's A and the
+            column of its B are. The target is then the fraction of the neurons or heads of each layer, or of the
+            ranks. All but the first need a target.
         scope (`str`, *optional*, defaults to `"layer"`): `"layer"` makes every tensor equally sparse, `"global"` ranks
             all weights together. Only matters with a target.
         importance (`str`, *optional*): What "small" means. `"magnitude"` is ``|w|``; `"adam"` is ``|w|`` times the
@@ -94,7 +95,7 @@ class LpDecayConfig:
     )
     pattern: str = field(
         default="unstructured",
-        metadata={"help": "What is zero as one: 'unstructured', 'n:m', 'block:RxC', 'neurons' or 'heads'."},
+        metadata={"help": "What is zero as one: 'unstructured', 'n:m', 'block:RxC', 'neurons', 'heads' or 'rank'."},
     )
     scope: Literal["layer", "global"] = field(
         default="layer", metadata={"help": "Whether each tensor or all of them together meet the target."}
@@ -170,7 +171,7 @@ class LpDecayConfig:
         if isinstance(pattern, Structured):
             if self.target_sparsity is None:
                 raise ValueError(f"pattern={self.pattern!r} needs a target_sparsity, such as 0.5.")
-            if self.scope == "global":
+            if self.scope == "global" and pattern.units != "rank":
                 raise ValueError(
                     f"pattern={self.pattern!r} with scope='global' would leave the layers with different numbers of"
                     f" {self.pattern}, which a model's config.json cannot say: use scope='layer'."

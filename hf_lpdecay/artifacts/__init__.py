@@ -1,7 +1,8 @@
 """What leaves the machine: models that are really smaller, and their way to the hub."""
 
 from .hub import Push, push_to_hub
+from .rank import trim_rank
 from .shrink import shrink
 
 
-__all__ = ["Push", "push_to_hub", "shrink"]
+__all__ = ["Push", "push_to_hub", "shrink", "trim_rank"]

@@ -66,11 +66,9 @@ class SparsityController:
         self._units = units or []
         self._dims = {param: (input_dims or {}).get(name, 1) for name, param in params.items()}
         self._ids = {id(param) for param in params.values()}
-        # Who is ranked together: all, each tensor, or the units of each feed-forward or attention.
-        tensors = list(params.values())
-        self._pools: list[list[Tensor] | Units] = self._units or (
-            [tensors] if config.scope == "global" else [[param] for param in tensors]
-        )
+        # Who is ranked together: all, or each tensor or the units of each feed-forward, attention or adapter.
+        competitors: list[Tensor | Units] = self._units or list(params.values())
+        self._pools = [competitors] if config.scope == "global" else [[one] for one in competitors]
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -121,7 +119,7 @@ class SparsityController:
         for pool in self._pools:
             counts = self._summed(sum(histogram(size) for size in self._sizes(pool)), pool)
             threshold = lower_edge(counts, max(1, self._count(pool, sparsity)))
-            thresholds.update(dict.fromkeys(_params(pool), threshold))
+            thresholds.update(dict.fromkeys(self._params_of(pool), threshold))
         self._freeze_zeros()
         for group, lr in zip(self.optimizer.param_groups, summed_lr):
             for param in self._selected(group):
@@ -143,14 +141,12 @@ class SparsityController:
                 of each feed-forward or attention.
         """
         for pool in self._pools:
-            gone = self._smallest(pool, self._count(pool, sparsity))
-            if isinstance(pool, Units):
-                (units,) = gone
-                for param, mask in pool.spread(units.float()):
-                    local(param).masked_fill_(local(placed_like(mask, param)) > 0, 0.0)
-            else:
-                for param, mask in zip(pool, gone):
-                    local(param).masked_fill_(mask, 0.0)
+            for one, mask in zip(pool, self._smallest(pool, self._count(pool, sparsity))):
+                if isinstance(one, Units):
+                    for param, gone in one.spread(mask.float()):
+                        local(param).masked_fill_(local(placed_like(gone, param)) > 0, 0.0)
+                else:
+                    local(one).masked_fill_(mask, 0.0)
         self._freeze_zeros()
 
     def _freeze_zeros(self) -> None:
@@ -170,17 +166,19 @@ class SparsityController:
             for name in _PLAN:
                 self.optimizer.state[param].pop(name, None)
 
-    def _count(self, pool: list[Tensor] | Units, sparsity: float) -> int:
-        if isinstance(pool, Units):
-            return round(sparsity * pool.count)
+    def _count(self, pool: list[Tensor | Units], sparsity: float) -> int:
+        if self._units:
+            return round(sparsity * sum(units.count for units in pool))
         return self.pattern.count(sparsity, sum(param.numel() for param in pool))
 
-    def _sizes(self, pool: list[Tensor] | Units) -> Iterator[Tensor]:
+    def _params_of(self, pool: list[Tensor | Units]) -> list[Tensor]:
+        return [param for units in pool for param in units.params] if self._units else pool
+
+    def _sizes(self, pool: list[Tensor | Units]) -> Iterator[Tensor]:
         """`r` of all that are ranked together, one tensor at a time; of weights, this process's pieces."""
-        if isinstance(pool, Units):
-            yield pool.size(self._size).to(torch.float32)
-        else:
-            yield from (local(self._size(param)).to(torch.float32) for param in pool)
+        for one in pool:
+            size = one.size(self._size) if isinstance(one, Units) else local(self._size(one))
+            yield size.to(torch.float32)
 
     def _size(self, param: Tensor) -> Tensor:
         """`r`, what the plan ranks and the decay acts on: a new tensor, shaped and placed like `param`."""
@@ -190,7 +188,7 @@ class SparsityController:
             size.mul_(state["lp_row"]).mul_(state["lp_col"])
         return size if self.pattern.spec is None else structured_size(size, self.pattern.spec, self._dims[param])
 
-    def _smallest(self, pool: list[Tensor] | Units, count: int) -> Iterator[Tensor]:
+    def _smallest(self, pool: list[Tensor | Units], count: int) -> Iterator[Tensor]:
         """Masks of exactly the `count` smallest of a pool; among equals the first ones are taken."""
         if count == 0:
             yield from (torch.zeros_like(size, dtype=torch.bool) for size in self._sizes(pool))
@@ -198,7 +196,7 @@ class SparsityController:
         threshold, below = kth_smallest(lambda: self._sizes(pool), lambda counts: self._summed(counts, pool), count)
         spare = count - below
         equals = torch.stack([(size == threshold).sum() for size in self._sizes(pool)])
-        before, total = (equals * 0, equals) if isinstance(pool, Units) else before_mine(equals, pool[0])
+        before, total = (equals * 0, equals) if self._units else before_mine(equals, pool[0])
         # Tensor by tensor, and piece by piece within each.
         first = (total.cumsum(0) - total + before).tolist()
         for size, skip in zip(self._sizes(pool), first):
@@ -208,14 +206,9 @@ class SparsityController:
             gone.view(-1)[equal] = True
             yield gone
 
-    @staticmethod
-    def _summed(counts: Tensor, pool: list[Tensor] | Units) -> Tensor:
+    def _summed(self, counts: Tensor, pool: list[Tensor | Units]) -> Tensor:
         """Over all processes, where each has counted its own pieces; the sizes of units are everywhere the same."""
-        return counts if isinstance(pool, Units) else summed(counts, pool)
+        return counts if self._units else summed(counts, pool)
 
     def _selected(self, group: dict) -> list[Tensor]:
         return [param for param in group["params"] if id(param) in self._ids]
-
-
-def _params(pool: list[Tensor] | Units) -> list[Tensor]:
-    return pool.params if isinstance(pool, Units) else pool

@@ -89,7 +89,7 @@ class Block(Unstructured):
 
 @dataclass(frozen=True)
 class Structured(Unstructured):
-    """Neurons or heads are zero as one, across the weights that they consist of: see [`~.units.find_units`]."""
+    """Neurons, heads or ranks are zero as one, across the weights that they consist of: see [`~.units.find_units`]."""
 
     units: str = "neurons"
 
@@ -98,15 +98,15 @@ def parse_pattern(spec: str) -> Unstructured:
     """Turn the `pattern` of an [`~hf_lpdecay.LpDecayConfig`] into an object.
 
     Args:
-        spec (`str`): `"unstructured"`, `"n:m"` such as `"2:4"`, `"block:RxC"` such as `"block:16x16"`, `"neurons"`
-            or `"heads"`.
+        spec (`str`): `"unstructured"`, `"n:m"` such as `"2:4"`, `"block:RxC"` such as `"block:16x16"`, `"neurons"`,
+            `"heads"` or `"rank"`.
 
     Raises:
         ValueError: If it is none of these, or its numbers make no sense.
     """
     if spec == "unstructured":
         return Unstructured()
-    if spec in ("neurons", "heads"):
+    if spec in ("neurons", "heads", "rank"):
         return Structured(units=spec)
     if match := re.fullmatch(r"(\d+):(\d+)", str(spec)):
         keep, group = map(int, match.groups())
@@ -118,5 +118,5 @@ def parse_pattern(spec: str) -> Unstructured:
             return Block(spec, height, width)
     raise ValueError(
         f"Invalid pattern: {spec!r} - should be 'unstructured', 'n:m' with 0 < n < m <= 64 such as '2:4',"
-        " 'block:RxC' such as 'block:16x16', 'neurons' or 'heads'."
+        " 'block:RxC' such as 'block:16x16', 'neurons', 'heads' or 'rank'."
     )

@@ -114,14 +114,17 @@ def participants(model: nn.Module, config: "LpDecayConfig") -> dict[str, nn.Para
     Raises:
         ValueError: If nothing is chosen, or if the pattern does not fit.
     """
-    selected = select_parameters(model, config.target_modules, config.exclude_modules)
+    if config.pattern == "rank":  # of adapters, whose B starts at zero
+        selected = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    else:
+        selected = select_parameters(model, config.target_modules, config.exclude_modules)
     parse_pattern(config.pattern).check_all(selected, input_dims(model))
     spanned = {id(param) for units in selected_units(model, config, selected) for param in units.params}
     return {name: param for name, param in selected.items() if id(param) in spanned} if spanned else selected
 
 
 def selected_units(model: nn.Module, config: "LpDecayConfig", selected: dict[str, nn.Parameter]) -> list[Units]:
-    """What becomes zero as one with the patterns `"neurons"` and `"heads"`; nothing with the others.
+    """What becomes zero as one with the patterns `"neurons"`, `"heads"` and `"rank"`; nothing with the others.
 
     Args:
         model (`nn.Module`): Any model.

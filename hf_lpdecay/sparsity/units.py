@@ -1,12 +1,14 @@
-"""Neurons and heads: which slices of which weights become zero as one, so that they can be cut out of the model.
+"""Neurons, heads and ranks: which slices of which weights become zero as one, so that they can be cut out of the model.
 
-Found by shape and order, in every block of the model: all linear layers of a block read from or write to the residual
-stream, whose width is `config.hidden_size`.
+Neurons and heads are found by shape and order, in every block of the model: all linear layers of a block read from or
+write to the residual stream, whose width is `config.hidden_size`.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -39,7 +41,7 @@ class UnitSlice:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The neurons of one feed-forward, or the heads (key/value groups) of one attention.
+    """The neurons of one feed-forward, the heads (key/value groups) of one attention, or the ranks of one adapter.
 
     Args:
         name (`str`): Name of the block, and which of its weights: for messages and reports.
@@ -91,21 +93,25 @@ class Units:
             yield param, along[:, None] if parts[0].dim == 0 else along[None]
 
 
-def find_units(model: PreTrainedModel, pattern: str) -> list[Units]:
-    """Find what the pattern makes zero as one, block by block.
+def find_units(model: PreTrainedModel | PeftModel, pattern: str) -> list[Units]:
+    """Find what the pattern makes zero as one, block by block or adapter by adapter.
 
     Args:
-        model (`PreTrainedModel`): Llama, Qwen, Mistral, GPT-2, OPT, BERT, RoBERTa, T5 and what is built like them.
+        model (`PreTrainedModel` or `PeftModel`): Llama, Qwen, Mistral, GPT-2, OPT, BERT, RoBERTa, T5 and what is built
+            like them; for `"rank"`, with LoRA on linear layers.
         pattern (`str`): `"neurons"`: a neuron is a row of the layers that read the residual stream and the column of
             the one that writes to it. `"heads"`: the rows of queries, keys and values and the columns of the output
-            projection; with grouped queries, those of a key/value group and all its query heads.
+            projection; with grouped queries, those of a key/value group and all its query heads. `"rank"`: a row of
+            LoRA's A and the column of its B.
 
     Returns:
-        `list[Units]`: One per feed-forward or attention.
+        `list[Units]`: One per feed-forward, attention or adapter.
 
     Raises:
-        ValueError: If a block has none, or more than can be told apart.
+        ValueError: If a block has none, or more than can be told apart; if there is no LoRA.
     """
+    if pattern == "rank":
+        return _ranks(model)
     names = {id(param): name for name, param in model.named_parameters()}
     found = []
     for block_name, block in _blocks(model):
@@ -126,6 +132,22 @@ def find_units(model: PreTrainedModel, pattern: str) -> list[Units]:
         raise ValueError(
             f"pattern={pattern!r}: {type(model).__name__} has no list of blocks with linear layers (nn.Linear or"
             " Conv1D), so there is nothing to take units from. Take another pattern."
+        )
+    return found
+
+
+def _ranks(model: nn.Module) -> list[Units]:
+    names = {id(param): name for name, param in model.named_parameters()}
+    found = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            for adapter in (adapter for adapter in layer.active_adapters if adapter in layer.lora_A):
+                parts = [_slice(layer.lora_A[adapter], True, 1, names), _slice(layer.lora_B[adapter], False, 1, names)]
+                found.append(Units(f"{name}: ranks", layer.r[adapter], tuple(parts)))
+    if not found:
+        raise ValueError(
+            f"pattern='rank' is for LoRA, and {type(model).__name__} has no LoRA adapters on linear layers: add them"
+            " with get_peft_model, or take another pattern."
         )
     return found
 
