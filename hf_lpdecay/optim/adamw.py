@@ -248,18 +248,27 @@ class LpAdamW(torch.optim.Optimizer):
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay", "lp_lambda"):
-        value = group[name]
-        if torch.is_tensor(value):
-            value = value.item()
-        if not is_number(value) or value < 0:
-            raise ValueError(f"Invalid {name}: {value} - should be a finite number >= 0.")
+        check_number(name, group[name])
     for beta in group["betas"]:
         if not is_number(beta) or not 0 <= beta < 1:
             raise ValueError(f"Invalid beta in betas: {beta} - should be >= 0 and < 1.")
-    if not is_number(group["p"]):
-        raise ValueError(f"Invalid p: {group['p']!r} - should be a finite number, such as 0.5.")
+    check_p(group["p"])
     if not is_number(group["s_rate"]) or not 0 < group["s_rate"] <= 1:
         raise ValueError(f"Invalid s_rate: {group['s_rate']!r} - should be > 0 and <= 1; 1 is no s-dynamics.")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise a `ValueError` that names `name` if `value` is not a finite number ``>= 0``, or a tensor of one."""
+    if torch.is_tensor(value):
+        value = value.item()
+    if not is_number(value) or value < 0:
+        raise ValueError(f"Invalid {name}: {value} - should be a finite number >= 0.")
+
+
+def check_p(p: Any) -> None:
+    """Raise a `ValueError` if `p` is not a finite number."""
+    if not is_number(p):
+        raise ValueError(f"Invalid p: {p!r} - should be a finite number, such as 0.5.")
 
 
 def is_number(value: Any) -> bool:
