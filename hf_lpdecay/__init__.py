@@ -2,13 +2,14 @@
 
 from .artifacts import push_to_hub, shrink, trim_rank
 from .config import LpDecayConfig
-from .optim import LpAdamW
+from .optim import LpAdamW, LpDecay
 from .sparsity import SparsityReport, measure_sparsity
 from .training import LpDecayMixin, LpDecaySeq2SeqTrainer, LpDecayTrainer, SparsityCallback, merge_sparse
 
 
 __all__ = [
     "LpAdamW",
+    "LpDecay",
     "LpDecayConfig",
     "LpDecayMixin",
     "LpDecaySeq2SeqTrainer",

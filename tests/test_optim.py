@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from reference import ReferenceLpAdamW
 
 from hf_lpdecay import LpAdamW
-from hf_lpdecay.optim import adamw as adamw_module
-from hf_lpdecay.optim.functional import decay_denominator_, stochastic_round
+from hf_lpdecay.optim import pieces as pieces_module
+from hf_lpdecay.optim.functional import decay_denominator_, random_bits, stochastic_round
 
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05}
@@ -311,7 +311,7 @@ def test_a_checkpoint_of_torch_adamw_can_be_continued():
 def test_pieces_give_what_the_whole_gives(monkeypatch, planned):
     results = []
     for chunk in (1 << 20, 7):
-        monkeypatch.setattr(adamw_module, "CHUNK", chunk)
+        monkeypatch.setattr(pieces_module, "PIECE", chunk)
         params = make_params(torch.float64, shapes=[(11, 5), (40,), (4, 3, 2)])
         params.append(torch.nn.Parameter(torch.arange(1.0, 21.0, dtype=torch.float64).view(4, 5).t()))
         optimizer = LpAdamW(params, **OPTIONS, p=0.5, lp_lambda=1e-2)
@@ -332,14 +332,15 @@ def test_pieces_give_what_the_whole_gives(monkeypatch, planned):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stochastic_rounding_keeps_the_mean_and_what_is_exact(dtype):
-    torch.manual_seed(0)
+    bits = random_bits(40_000, seed=3)
     for value in (0.02, -1.2345, 3e-6, 100.3):
-        rounded = stochastic_round(torch.full((40_000,), value), dtype)
+        rounded = stochastic_round(torch.full((40_000,), value), dtype, bits)
         assert rounded.unique().numel() <= 2
         ulp = (rounded.max() - rounded.min()).item()
         assert rounded.double().mean().item() == pytest.approx(value, abs=ulp * 0.01 + 1e-12)
-    exact = torch.tensor([0.0, 1.0, -2.5, 0.15625]).to(dtype)
-    assert torch.equal(stochastic_round(exact.float(), dtype), exact)
+    exact = torch.tensor([0.0, 1.0, -2.5, 0.15625, math.inf, -math.inf]).to(dtype)
+    assert torch.equal(stochastic_round(exact.float(), dtype, bits[:6]), exact)
+    assert stochastic_round(torch.tensor([math.nan]), dtype, bits[:1]).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

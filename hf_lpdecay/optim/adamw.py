@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import lp_adamw_, stochastic_round
+from . import kernels
+from .functional import acts, adamw_, low_precision_lp_adamw_, lp_adamw_, random_bits
+from .pieces import factors_of, local, pieces_of
 
-
-# Elements that are updated at a time: the scratch stays at a few MB whatever the size of the model.
-CHUNK = 1 << 20
 
 _FUSED_DEVICES = ("cpu", "cuda")
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -35,7 +34,7 @@ class LpAdamW(torch.optim.Optimizer):
     and ``lp_rows`` (how many rows must be seen together).
 
     bfloat16 and float16 weights are updated in float32 (moments are kept in float32 too) and written back with
-    stochastic rounding, without which most of the decay would be lost.
+    stochastic rounding, without which most of the decay would be lost. DTensor parameters are updated shard by shard.
 
     Args:
         params (`Iterable`): Parameters, or dicts that define parameter groups.
@@ -53,14 +52,19 @@ class LpAdamW(torch.optim.Optimizer):
             is divided by ``1 + lr * lp_lambda / s``, where ``s`` starts as ``|w| ** (2 - p)`` and, at the beginning
             of each decay, moves towards it: ``s += s_rate * (|w| ** (2 - p) - s)``. A state tensor ``lp_s`` for each
             parameter, and zero does not absorb. At 1 ``s`` is ``|w| ** (2 - p)``, and no state is kept.
-        fused (`bool`, *optional*): Whether torch's fused AdamW kernel does the AdamW part. `None` uses it on a CPU or
-            CUDA device; `True` raises where there is none. Tensors that are not contiguous go without.
+        fused (`bool`, *optional*): `None` takes torch's fused AdamW where the decay does not act; where it does, on a
+            CPU the one-pass kernel (it needs a C++ compiler; without one there is a warning) and on CUDA torch's fused
+            AdamW, followed by the decay. `False` takes neither. `True` raises where there is no kernel. A ``pattern``,
+            `s_rate`, float64 and float16 weights and tensors that are not contiguous are updated without the one-pass
+            kernel in any case, in pieces of a few MB.
         stochastic_rounding (`bool`, *optional*): How bfloat16 and float16 weights are written. `None` means `True`;
             other dtypes are never rounded.
+        float32_moments (`bool`, *optional*, defaults to `True`): Keep the moments of bfloat16 and float16 weights in
+            float32. `False` keeps them in bfloat16 for bfloat16 weights, which saves 4 bytes per weight.
 
     Raises:
         ValueError: If a hyperparameter is out of range, or a parameter is complex.
-        RuntimeError: If a gradient is sparse, or `fused=True` meets a device that has no fused kernel.
+        RuntimeError: If a gradient is sparse, or `fused=True` meets a device without a kernel or no C++ compiler.
 
     Example:
 
@@ -84,6 +88,7 @@ class LpAdamW(torch.optim.Optimizer):
         s_rate: float = 1.0,
         fused: bool | None = None,
         stochastic_rounding: bool | None = None,
+        float32_moments: bool = True,
     ):
         defaults = {
             "lr": lr,
@@ -97,6 +102,7 @@ class LpAdamW(torch.optim.Optimizer):
             "s_rate": s_rate,
             "fused": fused,
             "stochastic_rounding": stochastic_rounding,
+            "float32_moments": float32_moments,
         }
         super().__init__(params, defaults)
 
@@ -104,9 +110,14 @@ class LpAdamW(torch.optim.Optimizer):
         """Add a parameter group, after checking its hyperparameters."""
         _check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
+        group = self.param_groups[-1]
+        for param in group["params"]:
             if param.is_complex():
                 raise ValueError(f"LpAdamW takes real parameters, got one of dtype {param.dtype}.")
+            if param.dtype == torch.float16 and not group["float32_moments"]:
+                raise ValueError("float16 cannot hold the squares of small gradients: leave float32_moments at True.")
+        if group["fused"] and any(param.device.type == "cpu" for param in group["params"]):
+            kernels.build(kernels.ANY_NORM)  # raises if it can't be had
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -122,13 +133,21 @@ class LpAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        batch = kernels.Batch()
         for group in self.param_groups:
+            # Parameters that only AdamW acts on, without and with torch's fused kernel.
+            plain: tuple[list, list] = ([], [])
             for param in group["params"]:
                 if param.grad is not None:
-                    self._update(param, group)
+                    self._update(param, group, batch, plain)
+            for tensors, fused in zip(plain, (False, True)):
+                if tensors:
+                    adamw_(tensors, group, fused)
+        batch.run()
         return loss
 
-    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, param: Tensor, group: dict[str, Any], batch: kernels.Batch, plain: tuple[list, list]) -> None:
+        """Update a parameter, or put it on one of the lists of what is updated together."""
         if param.grad.is_sparse:
             raise RuntimeError("LpAdamW does not take sparse gradients; make the embedding with sparse=False.")
         fused = group["fused"]
@@ -136,25 +155,27 @@ class LpAdamW(torch.optim.Optimizer):
             fused = param.device.type in _FUSED_DEVICES
         elif fused and param.device.type not in _FUSED_DEVICES:
             raise RuntimeError(f"fused=True has no kernel for a parameter on {param.device}; leave it at None.")
+        low_precision = param.dtype in _LOW_PRECISION
+        lr = group["lr"]
+        # Asking for the value of a tensor on another device would wait for it.
+        lr = lr if torch.is_tensor(lr) and lr.device.type != "cpu" else float(lr)
         state = self.state[param]
+        lp_lambda = state.get("lp_lambda", group["lp_lambda"])
+        decays = acts(lr, lp_lambda)
+        freeze_zeros = group["freeze_zeros"] or state.get("lp_freeze_zeros", False)
         if "step" not in state:
-            moment_dtype = torch.float32 if param.dtype in _LOW_PRECISION else param.dtype
+            moment_dtype = torch.float32 if low_precision and group["float32_moments"] else param.dtype
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if fused else "cpu")
             state["exp_avg"] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
-
-        lr = float(group["lr"])
-        lp_lambda = state.get("lp_lambda", group["lp_lambda"])
-        freeze_zeros = group["freeze_zeros"] or state.get("lp_freeze_zeros", False)
-        pattern = group.get("pattern")
-        if group["s_rate"] < 1 and lr > 0 and lp_lambda > 0 and "lp_s" not in state:
-            # Below zero: not set yet.
-            state["lp_s"] = torch.full_like(state["exp_avg"], -1.0)
-        tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
-        if group["s_rate"] < 1 and "lp_s" in state:
-            tensors += (state["lp_s"],)
-        contiguous = all(tensor.is_contiguous() for tensor in tensors)
-        hyperparameters = {
+        step = state["step"]
+        tensors = tuple(map(local, (param, param.grad, state["exp_avg"], state["exp_avg_sq"])))
+        # Fused kernels read memory in a row, whatever the strides.
+        fused = fused and all(tensor.is_contiguous() for tensor in tensors)
+        if not (decays or freeze_zeros or low_precision):
+            plain[fused].append((*tensors, step))
+            return
+        options = {
             "lr": lr,
             "betas": group["betas"],
             "eps": group["eps"],
@@ -163,28 +184,37 @@ class LpAdamW(torch.optim.Optimizer):
             "lp_lambda": lp_lambda,
             "freeze_zeros": freeze_zeros,
             "post_step": group["post_step"],
-            "s_rate": group["s_rate"],
             "threshold": state.get("lp_threshold"),
-            "pattern": pattern,
-            "dim": state.get("lp_dim", 1),
-            "fused": fused and contiguous,  # the fused kernel reads memory in a row, whatever the strides
         }
-        if param.dtype in _LOW_PRECISION:
-            rounding = group["stochastic_rounding"] is not False
-            for pieces, factors in _chunks(tensors, state, contiguous and pattern is None):
-                weight = pieces[0].float()
-                grad, exp_avg, exp_avg_sq, *s = pieces[1:]
-                moments = (exp_avg, exp_avg_sq, state["step"].clone(), *s)
-                lp_adamw_(weight, grad.float(), *moments, **factors, **hyperparameters)
-                pieces[0].copy_(stochastic_round(weight, param.dtype) if rounding else weight)
-            state["step"] += 1
-        elif (lr > 0 and lp_lambda > 0) or freeze_zeros:
-            for pieces, factors in _chunks(tensors, state, contiguous and pattern is None):
-                moments = (*pieces[2:4], state["step"].clone(), *pieces[4:])
-                lp_adamw_(*pieces[:2], *moments, **factors, **hyperparameters)
-            state["step"] += 1
-        else:  # nothing but AdamW, which needs no scratch
-            lp_adamw_(*tensors[:4], state["step"], **hyperparameters)
+        factors, by_unit = factors_of(state, tensors[0]) if decays else (None, False)
+        # Drawn on the CPU, from torch's global generator.
+        seed = int(torch.randint(1 << 32, ())) if low_precision and group["stochastic_rounding"] is not False else None
+        eager_only = decays and (group["s_rate"] < 1 or "pattern" in group or by_unit)
+        # Frozen zeros alone leave the bits to AdamW.
+        if fused and (decays or low_precision) and not eager_only and kernels.covers(tensors, factors, group["p"]):
+            case = kernels.case_for(tensors, factors, options)
+            if kernels.available(case):
+                step += 1
+                batch.add(case, tensors, kernels.scalars_for(case, int(step), options), seed, factors)
+                return
+        if decays and group["s_rate"] < 1:
+            if "lp_s" not in state:  # below zero: not set yet
+                s_dtype = torch.float32 if low_precision else param.dtype
+                state["lp_s"] = torch.full_like(param, -1.0, dtype=s_dtype, memory_format=torch.preserve_format)
+            tensors += (local(state["lp_s"]),)
+        options.update(
+            pattern=group.get("pattern"),
+            dim=state.get("lp_dim", 1),
+            s_rate=group["s_rate"],
+            by_unit=by_unit,
+            fused=fused,
+        )
+        update = low_precision_lp_adamw_ if low_precision else lp_adamw_
+        for pieces, (row, col), offset in pieces_of(tensors, factors, state.get("lp_rows", 1), group.get("pattern")):
+            if low_precision:
+                options["bits"] = None if seed is None else random_bits(pieces[0].numel(), seed, offset, param.device)
+            update(*pieces[:4], step.clone(), *pieces[4:], row=row, col=col, **options)
+        step += 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load an optimizer state, from this class or from `torch.optim.AdamW`.
@@ -214,44 +244,39 @@ class LpAdamW(torch.optim.Optimizer):
         # The base class casts state to the parameter's dtype, which would round float32 moments to bfloat16.
         saved_ids = [i for saved in saved_groups for i in saved["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
+        float32_moments = {param: group["float32_moments"] for group in self.param_groups for param in group["params"]}
         for saved_id, param in zip(saved_ids, params):
             if param.dtype in _LOW_PRECISION and saved_id in state_dict["state"]:
                 for name, value in state_dict["state"][saved_id].items():
                     if torch.is_tensor(value) and name != "step":
-                        self.state[param][name] = value.detach().to(param.device, torch.float32, copy=True)
-
-
-def _chunks(tensors: tuple[Tensor, ...], state: dict[str, Any], flat: bool):
-    """Split equally shaped tensors into pieces of about `CHUNK` elements, with what broadcasts over each piece."""
-    factors = {name: state[f"lp_{name}"] for name in ("row", "col", "size") if f"lp_{name}" in state}
-    shape = tensors[0].shape
-    if flat and not factors:
-        for pieces in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors)):
-            yield pieces, factors
-    elif len(shape) < 2:
-        yield tensors, factors
-    else:  # whole rows, so that the factors of the columns and the groups of a pattern fit each piece
-        unit = state.get("lp_rows", 1)
-        rows = max(1, CHUNK // (tensors[0].numel() // shape[0] or 1) // unit) * unit
-        for start, *pieces in zip(range(0, shape[0], rows), *(tensor.split(rows) for tensor in tensors)):
-            own = {n: f[start : start + rows] if f.shape[0] == shape[0] else f for n, f in factors.items()}
-            yield pieces, own
+                        kept = name in ("exp_avg", "exp_avg_sq") and not float32_moments[param]
+                        dtype = param.dtype if kept else torch.float32
+                        self.state[param][name] = value.detach().to(param.device, dtype, copy=True)
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay", "lp_lambda"):
-        value = group[name]
-        if torch.is_tensor(value):
-            value = value.item()
-        if not is_number(value) or value < 0:
-            raise ValueError(f"Invalid {name}: {value} - should be a finite number >= 0.")
+        check_number(name, group[name])
     for beta in group["betas"]:
         if not is_number(beta) or not 0 <= beta < 1:
             raise ValueError(f"Invalid beta in betas: {beta} - should be >= 0 and < 1.")
-    if not is_number(group["p"]):
-        raise ValueError(f"Invalid p: {group['p']!r} - should be a finite number, such as 0.5.")
+    check_p(group["p"])
     if not is_number(group["s_rate"]) or not 0 < group["s_rate"] <= 1:
         raise ValueError(f"Invalid s_rate: {group['s_rate']!r} - should be > 0 and <= 1; 1 is no s-dynamics.")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise a `ValueError` that names `name` if `value` is not a finite number ``>= 0``, or a tensor of one."""
+    if torch.is_tensor(value):
+        value = value.item()
+    if not is_number(value) or value < 0:
+        raise ValueError(f"Invalid {name}: {value} - should be a finite number >= 0.")
+
+
+def check_p(p: Any) -> None:
+    """Raise a `ValueError` if `p` is not a finite number."""
+    if not is_number(p):
+        raise ValueError(f"Invalid p: {p!r} - should be a finite number, such as 0.5.")
 
 
 def is_number(value: Any) -> bool:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from ..optim.functional import structured_size
+from ..optim.pieces import local
 from .importance import importance_from_activations, importance_from_adam, importance_from_calibration
 from .patterns import parse_pattern
 from .quantiles import histogram, kth_smallest, lower_edge
 from .schedule import MIN_IMPORTANCE_STEPS, Ramp, norm
-from .sharding import before_mine, local, placed_like, summed
+from .sharding import before_mine, placed_like, summed
 from .units import Units
 
 

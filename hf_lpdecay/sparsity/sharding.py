@@ -1,4 +1,4 @@
-"""Parameters that several processes hold in pieces (FSDP2's DTensor): what is local, what is summed over all.
+"""Parameters that several processes hold in pieces (FSDP2's DTensor): what is put together, what is summed over all.
 
 Everything here does nothing for ordinary tensors.
 """
@@ -6,11 +6,6 @@ Everything here does nothing for ordinary tensors.
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's piece, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

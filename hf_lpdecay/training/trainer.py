@@ -73,7 +73,7 @@ class LpDecayMixin(WholeCheckpointsMixin):
                     "lr": self.args.learning_rate,
                     "betas": (self.args.adam_beta1, self.args.adam_beta2),
                     "eps": self.args.adam_epsilon,
-                    "fused": self.args.optim == "adamw_torch_fused",
+                    "fused": None if self.args.optim == "adamw_torch_fused" else False,
                 }
                 self.optimizer_cls_and_kwargs = (LpAdamW, options)
             super().create_optimizer(model)

@@ -1,0 +1,259 @@
+"""The whole step in one pass over the memory, for a CPU: builds and runs `one_pass.cpp`.
+
+A step is bound by memory, so what counts is how often each tensor is read: once here, about ten times when written in
+torch operations. The source needs nothing but a C++ compiler, and takes a fraction of a second to compile for one case
+(`torch.compile` reaches the same speed after 14 s, and spends 25 us per tensor in every step on its guards).
+"""
+
+import ctypes
+import functools
+import logging
+import math
+import os
+import shlex
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("one_pass.cpp")
+# Comparisons and square roots only become vector instructions without errno and traps. No -ffast-math: infinities and
+# NaN keep their meaning.
+_FLAGS = ("-std=c++11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
+_TASK = struct.Struct("=6q2q2I13f4x")  # one_pass.cpp's Task
+_TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
+# Below this a thread costs more than it saves.
+_MIN_ELEMENTS_PER_THREAD = 1 << 15
+
+
+class Case(NamedTuple):
+    """What the source is compiled for.
+
+    Args:
+        norm (`int`): Twice p, where p has a short cut (0, 0.5, 1, 1.5, 2); -1 for any p.
+        factors (`bool`): Whether the importance has row and column factors.
+        post_step (`bool`): Whether the size is taken after AdamW's step.
+        weight, moment (`torch.dtype`): Of weights and gradients, and of the moments.
+    """
+
+    norm: int
+    factors: bool
+    post_step: bool
+    weight: torch.dtype
+    moment: torch.dtype
+
+
+# What can be built at all can be built for this.
+ANY_NORM = Case(-1, False, False, torch.float32, torch.float32)
+
+
+def covers(tensors: tuple[Tensor, ...], factors: tuple[Tensor, Tensor] | None, p: float) -> bool:
+    """Whether the kernel can update a parameter.
+
+    Args:
+        tensors (`tuple[torch.Tensor, ...]`): Weights, gradient and the two moments, contiguous, of one shape.
+        factors (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Importance of rows and columns.
+        p (`float`): The norm; beyond +-1000 the kernel's arithmetic would overflow.
+    """
+    param, grad, exp_avg, _ = tensors
+    if factors is not None:
+        if param.dim() != 2 or [factor.shape for factor in factors] != [(param.shape[0], 1), (1, param.shape[1])]:
+            return False
+    return (
+        param.device.type == "cpu"
+        and param.dtype in _TYPES
+        and grad.dtype == param.dtype
+        and exp_avg.dtype in (torch.float32, param.dtype)
+        and abs(p) <= 1000
+    )
+
+
+def build(case: Case) -> Callable[[bytes, int, int, int], None]:
+    """Compile the kernel for a case, once in a process.
+
+    Args:
+        case (`Case`): What for.
+
+    Returns:
+        `Callable`: `run(tasks, number of tasks, first element, last element)`.
+
+    Raises:
+        RuntimeError: If there is no C++ compiler, or it fails.
+    """
+    result = _build(case)
+    if isinstance(result, str):
+        raise RuntimeError(result)
+    return result
+
+
+def available(case: Case) -> bool:
+    """Whether the kernel can be had for a case; if not, one warning says why."""
+    result = _build(case)
+    if isinstance(result, str):
+        _warn_once(result)
+        return False
+    return True
+
+
+@functools.cache
+def _build(case: Case) -> Callable[[bytes, int, int, int], None] | str:
+    """The kernel, or why there is none: a compiler that failed once is not asked again in the next step."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        return "No C++ compiler (c++, g++ or clang++) was found: install one, or name it in the variable CXX."
+    defines = {
+        "NORM": case.norm,
+        "FACTORS": int(case.factors),
+        "POST_STEP": int(case.post_step),
+        "WEIGHT": _TYPES[case.weight],
+        "MOMENT": _TYPES[case.moment],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        library = os.path.join(folder, "one_pass.so")
+        # Older compilers for ARM only know the second spelling.
+        for native in ("-march=native", "-mcpu=native"):
+            options = [*_FLAGS, native, *(f"-D{name}={value}" for name, value in defines.items())]
+            try:
+                command = [*shlex.split(compiler), *options, str(SOURCE), "-o", library]
+                outcome = subprocess.run(command, capture_output=True, text=True)
+                if outcome.returncode == 0:
+                    run = ctypes.CDLL(library).run
+                    run.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+                    run.restype = None
+                    return run
+                reason = outcome.stderr.strip()[-500:]
+            except OSError as error:
+                reason = str(error)
+    return f"The optimizer's kernel could not be compiled with {compiler}: {reason}"
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("%s LpAdamW works without its kernel, several times slower where the decay acts.", reason)
+
+
+class Batch:
+    """Parameters that are updated together, by as many threads as torch uses.
+
+    Nothing happens before [`Batch.run`], which must come before any of the tensors changes.
+    """
+
+    def __init__(self):
+        self._tasks: dict[Case, list[bytes]] = {}
+        self._numel: dict[Case, int] = {}
+        self._alive: list[tuple[Tensor, ...]] = []
+
+    def add(
+        self,
+        case: Case,
+        tensors: tuple[Tensor, ...],
+        scalars: tuple[float, ...],
+        seed: int | None = None,
+        factors: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Add a parameter that the kernel [`covers`].
+
+        Args:
+            case (`Case`): The kernel to use.
+            tensors (`tuple[torch.Tensor, ...]`): Weights, gradient and the two moments.
+            scalars (`tuple[float, ...]`): From [`scalars_for`].
+            seed (`int`, *optional*): Round bfloat16 stochastically, with these random bits; in [0, 2 ** 32).
+            factors (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Importance of rows and columns.
+        """
+        numel, cols, addresses = tensors[0].numel(), 1, [0, 0]
+        if factors is not None:
+            factors = tuple(factor.to(torch.float32).contiguous() for factor in factors)
+            cols, addresses = factors[1].numel(), [factor.data_ptr() for factor in factors]
+        addresses = [tensor.data_ptr() for tensor in tensors] + addresses
+        task = _TASK.pack(*addresses, numel, cols, seed or 0, seed is not None, *scalars)
+        self._tasks.setdefault(case, []).append(task)
+        self._numel[case] = self._numel.get(case, 0) + numel
+        self._alive.append((tensors, factors))
+
+    def run(self) -> None:
+        """Update all parameters."""
+        for case, tasks in self._tasks.items():
+            function, buffer, numel = build(case), b"".join(tasks), self._numel[case]
+            threads = max(1, min(torch.get_num_threads(), numel // _MIN_ELEMENTS_PER_THREAD))
+            # Parts that start at a cache line, as far as the tensors do.
+            edges = [numel * i // threads // 64 * 64 for i in range(threads)] + [numel]
+            parts = [(buffer, len(tasks), *edges[i : i + 2]) for i in range(threads)]
+            others = [_pool(threads - 1).submit(function, *part) for part in parts[1:]]
+            function(*parts[0])
+            for other in others:
+                other.result()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="lp_adamw")
+
+
+# A child process has none of its parent's threads.
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def case_for(tensors: tuple[Tensor, ...], factors: tuple[Tensor, Tensor] | None, options: dict[str, Any]) -> Case:
+    """The case that updates a parameter.
+
+    Args:
+        tensors, factors: See [`covers`].
+        options (`dict[str, Any]`): Keyword arguments of [`lp_adamw_`].
+    """
+    p, strength = options["p"], options["lr"] * options["lp_lambda"]
+    norm, post_step, has_factors = -1, options["post_step"], factors is not None
+    if strength == 0:
+        norm, post_step, has_factors = 4, False, False
+    elif p == 2:
+        norm = 4
+    elif p in (0, 0.5, 1, 1.5) and 1e-20 <= strength < 1 and options["eps"] >= 1e-12:  # so that nothing underflows
+        norm = int(2 * p)
+    return Case(norm, has_factors, post_step, tensors[0].dtype, tensors[2].dtype)
+
+
+def scalars_for(case: Case, step: int, options: dict[str, Any]) -> tuple[float, ...]:
+    """The numbers that the kernel takes.
+
+    Args:
+        case (`Case`): From [`case_for`].
+        step (`int`): Steps taken, this one included.
+        options (`dict[str, Any]`): Keyword arguments of [`lp_adamw_`].
+    """
+    lr, p, lp_lambda, threshold = (options[name] for name in ("lr", "p", "lp_lambda", "threshold"))
+    beta1, beta2 = options["betas"]
+    if case.norm < 0:
+        strength = math.log2(lr) + math.log2(lp_lambda)
+    else:
+        strength = lr * lp_lambda + (1.0 if case.norm == 4 else 0.0)
+    absorbed = -1.0
+    if lr * lp_lambda > 0 and p < 2 and threshold != 0 and not case.post_step:
+        # Up to here the decay would divide by 2 ** 126 and more, which the kernel takes for infinity.
+        absorbed = 2.0 ** max(-126.0, min((math.log2(lr) + math.log2(lp_lambda) - 126.0) / (2.0 - p), 126.0))
+        if threshold is not None:
+            absorbed = min(absorbed, threshold * (1.0 - 1e-6))
+    return (
+        1.0 - lr * options["weight_decay"],
+        beta1,
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        lr / (1.0 - beta1**step),
+        1.0 / math.sqrt(1.0 - beta2**step),
+        options["eps"],
+        strength,
+        p - 2.0,
+        math.inf if threshold is None else threshold,
+        absorbed,
+        0.0 if options["freeze_zeros"] else -1.0,
+    )

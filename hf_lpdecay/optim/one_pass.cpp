@@ -1,0 +1,144 @@
+// One AdamW step with the p-norm decay in one pass over the memory: what functional.py does, for a CPU.
+//
+// Compiled by kernels.py for one case at a time:
+//   NORM     p, if there is a short cut for it (0, 0.5, 1, 1.5 or 2), times two; -1 for any p
+//   FACTORS  whether the importance has row and column factors
+//   POST_STEP whether the size is that of the weight after AdamW's step
+//   WEIGHT   float or bf16, the type of weights and gradients; MOMENT likewise
+// No headers but the C library's, so that compiling takes a fraction of a second.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+typedef uint16_t bf16;
+
+template <class To, class From>
+inline To bits_of(From x) {
+    To y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+
+inline float load(const float* p, int64_t i) { return p[i]; }
+inline float load(const bf16* p, int64_t i) { return bits_of<float>((uint32_t)p[i] << 16); }
+
+// A uniform number in 32 bits from a counter ("lowbias32"): random bits without a state, the same for any split into
+// threads. functional.random_bits is its twin.
+inline uint32_t hash(uint32_t x) {
+    x ^= x >> 16;
+    x *= 0x7feb352dU;
+    x ^= x >> 15;
+    x *= 0x846ca68bU;
+    return x ^ x >> 16;
+}
+
+// bfloat16 is the upper half of a float. Adding 16 random bits rounds stochastically, adding half of the last place
+// (a little less, if that place is even) to nearest.
+inline uint32_t half_place(float x) { return 0x7fff + (bits_of<uint32_t>(x) >> 16 & 1); }
+
+inline void store(float* p, int64_t i, float x, uint32_t) { p[i] = x; }
+inline void store(bf16* p, int64_t i, float x, uint32_t up) {
+    uint32_t rounded = bits_of<uint32_t>(x) + up;
+    p[i] = x == x ? rounded >> 16 : 0x7fc0;
+}
+
+// strength * r ** power to about 1e-5, by polynomials for log2 on [sqrt(1/2), sqrt(2)] and 2 ** x on [-1/2, 1/2].
+// `strength` is given as its log2. At most 2 ** 127, so that 0 times it is 0; r = 0 counts as about 2 ** -127.
+inline float power_of(float r, float power, float log2_strength) {
+    uint32_t bits = bits_of<uint32_t>(r);
+    int32_t exponent = (int32_t)(bits - 0x3f3504f3U) >> 23;
+    float f = bits_of<float>(bits - ((uint32_t)exponent << 23)) - 1.0f;
+    float f2 = f * f;
+    float high = (-0.202289263727672f * f + 0.316898187155453f) * f2 + (-0.366925770957597f * f + 0.479925573470884f);
+    float log2_r = f * (f2 * high + (-0.721195752393868f * f + 1.442700440013494f)) + (float)exponent;
+    float t = power * log2_r + log2_strength;
+    // Adding 1.5 * 2 ** 23 rounds to a whole number, which (with the bias 127) then stands in the lowest bits.
+    float shifted = t + 12583039.0f;
+    float x = t - (shifted - 12583039.0f);
+    float x2 = x * x;
+    float y = x2 * (x2 * 0.009666368515338f + (0.055921975842253f * x + 0.240223490380213f)) +
+              (0.693121045203427f * x + 1.0f);
+    int32_t scale = (int32_t)bits_of<uint32_t>(shifted);
+    scale = scale < 0x4b400001 ? 0x4b400001 : scale;
+    scale = scale > 0x4b4000fd ? 0x4b4000fd : scale;
+    return y * bits_of<float>((uint32_t)scale << 23);
+}
+
+// r ** (2 - p) if there is a short cut for it, at most 2 ** 50.
+inline float short_cut(float r) {
+    float x = NORM == 0 ? r * r : NORM == 1 ? r * sqrtf(r) : NORM == 2 ? r : sqrtf(r);
+    return x < 1125899906842624.0f ? x : 1125899906842624.0f;
+}
+
+}  // namespace
+
+struct Task {
+    WEIGHT *param, *grad;
+    MOMENT *exp_avg, *exp_avg_sq;
+    const float *row, *col;
+    int64_t numel, cols;
+    uint32_t seed, stochastic;
+    float keep, beta1, rest1, beta2, rest2, step_size, bias, eps, strength, power, threshold, absorbed, frozen;
+};
+
+static void update(const Task& task, int64_t begin, int64_t end, float row, const float* col) {
+    const Task t = task;  // a copy, which the stores below cannot change
+    WEIGHT* __restrict param = t.param;
+    const WEIGHT* __restrict grad = t.grad;
+    MOMENT* __restrict exp_avg = t.exp_avg;
+    MOMENT* __restrict exp_avg_sq = t.exp_avg_sq;
+    const bool stochastic = t.stochastic;
+    for (int64_t i = begin; i < end; i++) {
+        float w = load(param, i), g = load(grad, i);
+        float m = t.beta1 * load(exp_avg, i) + t.rest1 * g;
+        float v = t.beta2 * load(exp_avg_sq, i) + t.rest2 * g * g;
+        float d = sqrtf(v) * t.bias + t.eps;
+        float size = fabsf(w), r = size, w_hat = 0.0f;
+        if (POST_STEP) {
+            w_hat = t.keep * w - t.step_size * (m / d);
+            r = fabsf(w_hat);
+        }
+        if (FACTORS) r *= row * col[i - begin];
+        // The decay divides by x / numerator.
+        float numerator = NORM < 0 || NORM == 4 ? 1.0f : short_cut(r);
+        float x = NORM < 0 ? 1.0f + power_of(r, t.power, t.strength) : NORM == 4 ? t.strength : numerator + t.strength;
+        float factor;
+        if (POST_STEP || NORM == 4) {
+            factor = numerator / x;
+            if (!POST_STEP) w_hat = t.keep * w - t.step_size * (m / d);
+        } else {  // one division for both quotients: divisions are what takes the time
+            float inverse = 1.0f / (d * x);
+            w_hat = t.keep * w - t.step_size * (m * (inverse * x));
+            factor = numerator * (inverse * d);
+        }
+        w_hat *= r < t.threshold ? factor : 1.0f;
+        w_hat = (r <= t.absorbed) | (size <= t.frozen) ? 0.0f : w_hat;
+        uint32_t bits = sizeof(WEIGHT) == 2 ? hash((uint32_t)i + t.seed) : 0;
+        store(exp_avg, i, m, half_place(m));
+        store(exp_avg_sq, i, v, stochastic ? bits >> 16 : half_place(v));
+        store(param, i, w_hat, stochastic ? bits & 0xffff : half_place(w_hat));
+    }
+}
+
+// The elements from `begin` to `end` of all tasks, laid end to end.
+extern "C" void run(const Task* tasks, int64_t count, int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (int64_t k = 0; k < count; first += tasks[k++].numel) {
+        const Task& task = tasks[k];
+        int64_t from = begin > first ? begin - first : 0;
+        int64_t to = end - first < task.numel ? end - first : task.numel;
+        if (!FACTORS) {
+            if (from < to) update(task, from, to, 1.0f, nullptr);
+            continue;
+        }
+        while (from < to) {
+            int64_t row = from / task.cols, stop = (row + 1) * task.cols;
+            stop = stop < to ? stop : to;
+            update(task, from, stop, task.row[row], task.col + from % task.cols);
+            from = stop;
+        }
+    }
+}

@@ -1,0 +1,72 @@
+"""Tensors as a step takes them: the shard that is here, in pieces whose scratch is small."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+else:  # nothing is one
+    DTensor = ()
+
+# Elements that are updated at a time: the scratch stays at a few MB whatever the size of the model.
+PIECE = 1 << 18
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this process holds, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def factors_of(plan: dict[str, Any], weight: Tensor) -> tuple[tuple[Tensor, Tensor] | None, bool]:
+    """What a parameter's plan says of its sizes.
+
+    Args:
+        plan (`dict[str, Any]`): With `lp_row` and `lp_col` (factors), `lp_size` (sizes of units), or none of them.
+        weight (`torch.Tensor`): The part of the parameter that is here.
+
+    Returns:
+        `tuple`: Factors of the rows, shape (rows, 1), and of the columns, or `None`; whether they are the sizes.
+    """
+    if "lp_size" in plan:
+        size = local(plan["lp_size"])
+        ones = size.new_ones(weight.shape[0], 1)
+        return ((size, ones[:1]) if size.shape[0] == weight.shape[0] else (ones, size)), True
+    return ((local(plan["lp_row"]), local(plan["lp_col"])) if "lp_row" in plan else None), False
+
+
+def pieces_of(
+    tensors: tuple[Tensor, ...],
+    factors: tuple[Tensor, Tensor] | None = None,
+    unit: int = 1,
+    pattern: str | None = None,
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor | None, Tensor | None], int]]:
+    """Split equally shaped tensors into pieces of about `PIECE` elements.
+
+    Args:
+        tensors (`tuple[torch.Tensor, ...]`): What is split, all of one shape.
+        factors (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Importance of rows and columns; pieces are then
+            whole rows.
+        unit (`int`, *optional*, defaults to 1): How many rows must stay together.
+        pattern (`str`, *optional*): If given, pieces are whole rows as well.
+
+    Yields:
+        `tuple`: The pieces, views of the tensors; their part of the factors, or two `None`; and the position of their
+            first element.
+    """
+    shape = tensors[0].shape
+    if factors is None and pattern is None and all(tensor.is_contiguous() for tensor in tensors):
+        for offset, pieces in enumerate(zip(*(tensor.view(-1).split(PIECE) for tensor in tensors))):
+            yield pieces, (None, None), offset * PIECE
+    elif len(shape) < 2:
+        yield tensors, factors or (None, None), 0
+    else:
+        width = tensors[0].numel() // max(1, shape[0])
+        rows = max(1, PIECE // max(1, width) // unit) * unit
+        for start in range(0, shape[0], rows):
+            here = slice(start, start + rows)
+            row, col = (None, None) if factors is None else (factors[0][here], factors[1])
+            yield tuple(tensor[here] for tensor in tensors), (row, col), start * width

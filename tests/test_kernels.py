@@ -1,0 +1,187 @@
+"""The one-pass kernel against the same step in torch operations and against the float64 twin."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import ReferenceLpAdamW
+
+from hf_lpdecay import LpAdamW
+from hf_lpdecay.optim import kernels
+
+
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05, "lp_lambda": 1e-3}
+
+
+def trained(fused, steps=20, dtype=torch.float32, shape=(37, 53), plan=None, **options):
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(shape, generator=generator).mul_(0.1).to(dtype))
+    param.data.view(-1)[::7] = 0.0
+    optimizer = LpAdamW([param], **{**OPTIONS, **options}, fused=fused)
+    optimizer.state[param].update(plan or {})
+    for _ in range(steps):
+        param.grad = (torch.randn(shape, generator=generator) * 1e-2).to(dtype)
+        optimizer.step()
+    return param.detach(), optimizer.state[param]
+
+
+def plan(rows=37, cols=53):
+    return {
+        "lp_lambda": 1e-2,
+        "lp_threshold": 0.05,
+        "lp_row": torch.linspace(0.5, 2, rows)[:, None],
+        "lp_col": torch.linspace(2, 0.5, cols)[None],
+    }
+
+
+@pytest.mark.parametrize("p", [-1, 0, 0.3, 0.5, 1, 1.5, 2, 3])
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("variant", [{}, {"post_step": True}, {"freeze_zeros": True}])
+def test_agrees_with_the_step_in_torch_operations(p, planned, variant):
+    options = {"p": p, "plan": plan() if planned else None, **variant}
+    (ours, state), (theirs, expected) = trained(True, **options), trained(False, **options)
+    close = torch.isclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert close.float().mean() > 0.998 and torch.allclose(ours, theirs, rtol=0, atol=2e-5)
+    assert ((ours == 0) == (theirs == 0)).float().mean() > 0.998  # on its way to zero one may be a step behind
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.allclose(state[name], expected[name], rtol=1e-5, atol=1e-8)
+    assert state["step"] == expected["step"] == 20
+
+
+def test_any_p_is_as_exact_as_a_short_cut():
+    for p in (0, 0.5, 1, 1.5, 2):
+        short, general = (trained(True, p=x)[0] for x in (p, p + 1e-9))
+        assert torch.allclose(short, general, rtol=1e-4, atol=2e-5), (short - general).abs().max()
+
+
+number = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
+@settings(max_examples=200)
+@given(
+    w=number,
+    grad=st.floats(-(2.0**60), 2.0**60, width=32),
+    lr=st.floats(1e-12, 1),
+    lp_lambda=st.floats(1e-12, 1e6),
+    p=st.one_of(st.floats(-20, 6), st.sampled_from([0, 0.5, 1, 1.5, 2])),
+)
+def test_one_step_is_that_of_the_twin_for_any_numbers(w, grad, lr, lp_lambda, p):
+    weights = torch.tensor([w, 0.0, -0.0, 1e-30, -1e-8, 0.02] * 4)
+    param = torch.nn.Parameter(weights.clone())
+    param.grad = torch.full_like(param, grad)
+    options = {"lr": lr, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "p": p, "lp_lambda": lp_lambda}
+    LpAdamW([param], **options, fused=True).step()
+    twin = ReferenceLpAdamW(weights, **options)
+    twin.step(param.grad)
+    expected = torch.tensor(twin.w, dtype=torch.float64).to(torch.float32)
+    # ŵ = w - lr * u may cancel, which float32 shows.
+    scale = max(abs(w), lr, 1e-8) if p > 2 else max(abs(w), lr)
+    assert torch.allclose(param.detach(), expected, rtol=2e-3, atol=1e-6 * scale)
+
+
+def test_threads_and_the_neighbours_do_not_matter():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (70_001, 1, 0, 129, 90_000)]
+            params.append(torch.nn.Parameter(torch.linspace(-1, 1, 301 * 211).view(301, 211)))
+            optimizer = LpAdamW(params, **OPTIONS, p=0.8, fused=True)
+            optimizer.state[params[-1]].update(plan(301, 211))
+            for step in range(3):
+                for param in params:
+                    param.grad = torch.full_like(param, 0.1 * (step + 1))
+                optimizer.step()
+            results.append([param.detach() for param in params])
+    finally:
+        torch.set_num_threads(threads)
+    for one, three in zip(*results):
+        assert torch.allclose(one, three, rtol=1e-6, atol=1e-9)
+
+
+def test_nan_and_infinity_are_not_hidden():
+    param = torch.nn.Parameter(torch.tensor([math.nan, math.inf, 1.0, 1.0, 0.5] * 10))
+    param.grad = torch.tensor([0.0, 0.0, math.nan, math.inf, 0.1] * 10)
+    LpAdamW([param], **OPTIONS, p=0.8, fused=True).step()
+    kind = param.detach().view(-1, 5)
+    assert kind[:, 0].isnan().all() and (kind[:, 1] == math.inf).all()
+    assert kind[:, 2:4].isnan().all() and kind[:, 4].isfinite().all()
+
+
+@pytest.mark.parametrize("float32_moments", [True, False])
+@pytest.mark.parametrize("rounding", [None, False])
+@pytest.mark.parametrize("planned", [False, True])
+def test_bfloat16_draws_the_same_random_bits_as_torch_operations_do(float32_moments, rounding, planned):
+    options = {
+        "dtype": torch.bfloat16,
+        "p": 0.8,
+        "stochastic_rounding": rounding,
+        "float32_moments": float32_moments,
+        "plan": plan() if planned else None,
+    }
+    (ours, state), (theirs, expected) = trained(True, **options), trained(False, **options)
+    assert state["exp_avg"].dtype == (torch.float32 if float32_moments else torch.bfloat16)
+    # A difference in float32's last place may turn a rounding, once in a few hundred times.
+    assert (ours == theirs).float().mean() > 0.97
+    assert torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=1e-3)
+    assert torch.allclose(state["exp_avg_sq"].float(), expected["exp_avg_sq"].float(), rtol=0.02, atol=1e-12)
+
+
+def test_what_the_kernel_does_not_cover_is_updated_all_the_same(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the kernel was asked")
+
+    monkeypatch.setattr(kernels, "available", refuse)
+    for options in ({"dtype": torch.float64}, {"dtype": torch.float16}, {"s_rate": 0.5}, {"p": 2000}):
+        before, _ = trained(None, steps=0, **{"p": 0.8, **options})
+        after, _ = trained(None, steps=1, **{"p": 0.8, **options})
+        assert (before != after).any()
+    # Strides that are not in a row, and three dimensions with factors.
+    assert trained(None, p=0.8, shape=(4, 5, 6), plan={"lp_row": torch.ones(4, 1, 1), "lp_col": torch.ones(1, 5, 6)})
+    param = torch.nn.Parameter(torch.ones(5, 4).t())
+    param.grad = torch.ones_like(param)
+    LpAdamW([param], **OPTIONS).step()
+    assert (param != 1).all()
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
+def test_without_a_compiler_one_warning_and_the_same_result(monkeypatch, caplog, compiler):
+    expected = trained(False, p=0.8)[0]
+    monkeypatch.setenv("CXX", compiler)
+    kernels._build.cache_clear()
+    kernels._warn_once.cache_clear()
+    try:
+        result = trained(None, p=0.8)[0]
+        warnings = [record.getMessage() for record in caplog.records]
+        assert len(warnings) == 1 and compiler in warnings[0]
+        with pytest.raises(RuntimeError, match="could not be compiled"):
+            LpAdamW([torch.nn.Parameter(torch.ones(2))], fused=True)
+    finally:
+        kernels._build.cache_clear()
+    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_kernel_needs_no_extra_memory():
+    script = """
+import resource, torch
+from hf_lpdecay import LpAdamW
+params = [torch.nn.Parameter(torch.ones(4 << 20)) for _ in range(4)]
+for param in params: param.grad = torch.ones_like(param)
+optimizer = LpAdamW(params, p=0.8, lp_lambda=1e-2)
+small = LpAdamW([torch.nn.Parameter(torch.ones(2))], p=0.8, lp_lambda=1e-2)
+small.param_groups[0]["params"][0].grad = torch.ones(2)
+small.step()
+for param in params:
+    optimizer.state[param].update(step=torch.zeros(()), exp_avg=torch.ones(4 << 20), exp_avg_sq=torch.ones(4 << 20))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+optimizer.step()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (16 << 20))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 0.1  # bytes per parameter; a copy would be 4
