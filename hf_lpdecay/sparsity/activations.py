@@ -1,5 +1,7 @@
 """Mean squares of the input features of linear layers, gathered while a model trains."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -20,17 +22,18 @@ class ActivationStatistics:
         self._params = params
         selected = {id(param) for param in params}
         self._handles = [
-            module.register_forward_pre_hook(self._hook)
+            module.register_forward_pre_hook(partial(self._hook, module.weight))
             for module in model.modules()
             if id(getattr(module, "weight", None)) in selected
         ]
 
     @torch.no_grad()
-    def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _hook(self, weight: Tensor, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        # The weight as the optimizer knows it: in the forward pass FSDP2 puts another one into the module.
         if not module.training:  # evaluation data has no say in what is kept
             return
         features = inputs[0].detach().flatten(0, -2).float()
-        state = self._state[module.weight]
+        state = self._state[weight]
         total = features.square().sum(0)
         state["lp_feature_sq"] = total + state["lp_feature_sq"] if "lp_feature_sq" in state else total
         state["lp_feature_count"] = len(features) + state.get("lp_feature_count", 0)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .sharding import whole
+
 
 def calibrate(
     model: nn.Module,
@@ -45,7 +47,7 @@ def calibrate(
             for param in params:
                 square = param.grad.detach().float().square()
                 for name, dim in (("lp_row_sq", 1), ("lp_col_sq", 0)):
-                    mean = square.mean(dim, keepdim=True)
+                    mean = whole(square.mean(dim, keepdim=True))
                     state = optimizer.state[param]
                     state[name] = mean + state[name] if name in state else mean
             model.zero_grad()

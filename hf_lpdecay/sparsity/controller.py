@@ -12,7 +12,7 @@ from .importance import importance_from_activations, importance_from_adam, impor
 from .patterns import parse_pattern
 from .quantiles import histogram, kth_smallest, lower_edge
 from .schedule import MIN_IMPORTANCE_STEPS, Ramp, norm
-from .sharding import before_mine, placed_like, summed
+from .sharding import before_mine, is_sharded, placed_like, summed
 from .units import Units
 
 
@@ -67,6 +67,12 @@ class SparsityController:
         self._units = units or []
         self._dims = {param: (input_dims or {}).get(name, 1) for name, param in params.items()}
         self._ids = {id(param) for param in params.values()}
+        for name, param in params.items():
+            if is_sharded(param) and self.pattern.rows(self._dims[param]) > 1:
+                raise ValueError(
+                    f"pattern={config.pattern!r} needs {self.pattern.rows(self._dims[param])} rows of {name} in one"
+                    " process, but its rows are spread over several: train with DDP, or take another pattern."
+                )
         # Who is ranked together: all, or each tensor or the units of each feed-forward, attention or adapter.
         competitors: list[Tensor | Units] = self._units or list(params.values())
         self._pools = [competitors] if config.scope == "global" else [[one] for one in competitors]
@@ -92,6 +98,33 @@ class SparsityController:
             self._finish()
             return
         following = self.ramp.next_plan(step)
+        if following is not None:
+            self._weigh(step)
+            self._plan(step, following, summed_lr(following - step))
+
+    @torch.no_grad()
+    def resume(self, step: int, summed_lr: Callable[[int], list[float]]) -> None:
+        """Plan anew where a checkpoint does not hold the plan: that of sharded parameters.
+
+        Args:
+            step (`int`): Optimizer steps taken before.
+            summed_lr (`Callable[[int], list[float]]`): See [`after_step`].
+
+        Raises:
+            ValueError: If the importance was gathered in a part of the run that lies behind.
+        """
+        if not any(is_sharded(param) for param in self.params.values()):
+            return
+        if self.config.importance == "activation" and step > self.ramp.start:
+            raise ValueError(
+                f"importance='activation' was gathered before step {self.ramp.start}, and a checkpoint of sharded"
+                " parameters does not hold it: start anew, or train with importance='adam' or with DDP."
+            )
+        for param in self.params.values():
+            state = self.optimizer.state[param]
+            for name in [name for name in state if name.startswith("lp_")]:
+                del state[name]
+        following = self.ramp.following(step)
         if following is not None:
             self._weigh(step)
             self._plan(step, following, summed_lr(following - step))
@@ -187,7 +220,9 @@ class SparsityController:
         size = param.detach().abs().to(torch.promote_types(param.dtype, torch.float32))
         if "lp_row" in state:
             size.mul_(state["lp_row"]).mul_(state["lp_col"])
-        return size if self.pattern.spec is None else structured_size(size, self.pattern.spec, self._dims[param])
+        if self.pattern.spec is None:
+            return size
+        return structured_size(local(size), self.pattern.spec, self._dims[param])
 
     def _smallest(self, pool: list[Tensor | Units], count: int) -> Iterator[Tensor]:
         """Masks of exactly the `count` smallest of a pool; among equals the first ones are taken."""

@@ -25,7 +25,7 @@ def importance_from_adam(params: list[Tensor], dims: dict[Tensor, int], state: d
     for param in params:
         if "exp_avg_sq" in state[param]:
             moment = state[param]["exp_avg_sq"]
-            means[param] = moment.mean(1, keepdim=True), placed_like(whole(moment.mean(0, keepdim=True)), moment)
+            means[param] = whole(moment.mean(1, keepdim=True)), whole(moment.mean(0, keepdim=True))
     _write_factors(means, state, together)
 
 
@@ -54,7 +54,7 @@ def _write_factors(means: dict[Tensor, tuple[Tensor, Tensor]], state: dict, toge
     The mean square that counts as 1 is each tensor's own or, where tensors are compared, that of all. Tensors of which
     nothing has been seen yet go by their magnitude.
     """
-    seen = {param: mean for param, (rows, _) in means.items() if (mean := whole(rows.mean())) > 0}
+    seen = {param: mean for param, (rows, _) in means.items() if (mean := rows.mean()) > 0}
     if together:
         total = sum(mean * param.numel() for param, mean in seen.items())
         units = dict.fromkeys(seen, total / max(1, sum(param.numel() for param in seen)))
@@ -62,5 +62,5 @@ def _write_factors(means: dict[Tensor, tuple[Tensor, Tensor]], state: dict, toge
         units = seen
     for param, unit in units.items():
         rows, columns = means[param]
-        state[param]["lp_row"] = (rows / unit).sqrt()
-        state[param]["lp_col"] = (columns / seen[param]).sqrt()
+        state[param]["lp_row"] = placed_like((rows / unit).sqrt(), param)
+        state[param]["lp_col"] = placed_like((columns / seen[param]).sqrt(), param)

@@ -78,6 +78,12 @@ class Ramp:
         # A last interval shorter than the others would ask for the impossible: it joins the one before.
         return following if following + self.interval <= self.end else self.end
 
+    def following(self, step: int) -> int | None:
+        """The step of the next plan (or cut) after `step` steps, or `None` outside of the ramp."""
+        if not self.start <= step < self.end:
+            return None
+        return self.next_plan(step - (step - self.start) % self.interval)
+
 
 def cubic(progress: float) -> float:
     """``1 - (1 - progress) ** 3``: fast at first, when there is much that is not needed."""

@@ -8,6 +8,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether other processes hold other pieces."""
+    return isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor as a whole, the same in every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -28,6 +28,7 @@ from ..sparsity import (
     selected_units,
 )
 from ..sparsity.schedule import DECAY, DENSE, SETTLE
+from ..sparsity.sharding import whole
 
 
 logger = logging.get_logger(__name__)
@@ -110,6 +111,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
             tqdm.write(self._summary(model))
         if state.global_step == 0:
             self._advance(0, optimizer, kwargs["lr_scheduler"])
+        elif self._controller is not None:
+            self._controller.resume(state.global_step, _summed_lr(optimizer, kwargs["lr_scheduler"]))
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if self._controller is not None:
@@ -188,7 +191,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
     @torch.no_grad()
     def sparsity(self) -> float:
         """Exact zeros in the selected weights, as a fraction of them."""
-        nonzeros = torch.stack([param.count_nonzero() for param in self._params.values()]).sum().item()
+        nonzeros = torch.stack([whole(param.count_nonzero()) for param in self._params.values()]).sum().item()
         return 1.0 - nonzeros / sum(param.numel() for param in self._params.values())
 
     def _drive(self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer, batches) -> None:
@@ -226,7 +229,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 raise ValueError(f"Rank {rank} has an LpDecayConfig with {changed}: give every process the same one.")
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        refuse_sharding(AcceleratorState().distributed_type)
+        refuse_sharding(AcceleratorState())
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         if not isinstance(inner, LpAdamW):
             raise ValueError(
@@ -287,12 +290,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def refuse_sharding(distributed_type: DistributedType) -> None:
-    """Raise where a process does not hold the whole model."""
-    if distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+def refuse_sharding(state: AcceleratorState) -> None:
+    """Raise where a process holds pieces of the model that do not know their place in it."""
+    kind = state.distributed_type
+    if kind == DistributedType.FSDP and state.fsdp_plugin.fsdp_version == 2:
+        return
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        name = "FSDP1" if kind == DistributedType.FSDP else kind.value
         raise ValueError(
-            f"hf_lpdecay does not support {distributed_type.value} yet: train in one process or with DDP (several"
-            " processes, each with the whole model)."
+            f"hf_lpdecay does not support {name}, whose flat pieces of parameters have no rows and columns: use FSDP2"
+            " (fsdp_version: 2), or DDP."
         )
 
 

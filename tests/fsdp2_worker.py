@@ -1,0 +1,53 @@
+"""One of several processes that train a tiny Llama with FSDP2 on the CPU; see test_fsdp2.py.
+
+torchrun --standalone --nproc_per_node 2 tests/fsdp2_worker.py '{"output_dir": "out", ...}'
+"""
+
+import json
+import os
+import sys
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from conftest import tiny_llama, trainer_for
+
+from hf_lpdecay import LpDecayConfig, LpDecayTrainer
+
+
+class CpuFsdp2Trainer(LpDecayTrainer):
+    """Accelerate makes DDP of FSDP on a CPU, without a word; this insists."""
+
+    state_dict_type = "FULL_STATE_DICT"
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            state_dict_type=self.state_dict_type,
+        )
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+        self.is_fsdp_enabled = True
+
+
+def main(options: dict) -> None:
+    torch.set_num_threads(1)
+    config = LpDecayConfig(**options.pop("lp_config"))
+    CpuFsdp2Trainer.state_dict_type = options.pop("state_dict_type", "FULL_STATE_DICT")
+    folder, resume = options.pop("output_dir"), options.pop("resume", None)
+    model = tiny_llama(tie_word_embeddings=False, attention_dropout=0.0)
+    trainer = trainer_for(folder, config, trainer_cls=CpuFsdp2Trainer, model=model, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    sharded = type(next(trainer.model.parameters())).__name__
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        with open(os.path.join(folder, "result.json"), "w") as file:
+            json.dump({"parameters": sharded, "logs": logs}, file)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
