@@ -1,6 +1,6 @@
 """Train Transformers models sparse with the decoupled p-norm weight decay of arXiv 2404.10824."""
 
-from .artifacts import push_to_hub, shrink, trim_rank
+from .artifacts import push_to_hub, shrink, to_semi_structured, trim_rank
 from .config import LpDecayConfig
 from .optim import LpAdamW, LpDecay
 from .sparsity import SparsityReport, measure_sparsity
@@ -20,5 +20,6 @@ __all__ = [
     "merge_sparse",
     "push_to_hub",
     "shrink",
+    "to_semi_structured",
     "trim_rank",
 ]

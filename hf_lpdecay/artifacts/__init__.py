@@ -2,7 +2,8 @@
 
 from .hub import Push, push_to_hub
 from .rank import trim_rank
+from .semi_structured import to_semi_structured
 from .shrink import shrink
 
 
-__all__ = ["Push", "push_to_hub", "shrink", "trim_rank"]
+__all__ = ["Push", "push_to_hub", "shrink", "to_semi_structured", "trim_rank"]
