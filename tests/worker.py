@@ -5,12 +5,14 @@ torchrun --standalone --nproc_per_node 2 tests/fsdp2_worker.py '{"output_dir": "
 
 import json
 import os
+import signal
 import sys
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from conftest import tiny_llama, trainer_for
+from transformers import TrainerCallback
 
 from hf_lpdecay import LpDecayConfig, LpDecayTrainer
 
@@ -18,7 +20,7 @@ from hf_lpdecay import LpDecayConfig, LpDecayTrainer
 class CpuFsdp2Trainer(LpDecayTrainer):
     """Accelerate makes DDP of FSDP on a CPU, without a word; this insists."""
 
-    state_dict_type = "FULL_STATE_DICT"
+    state_dict_type: str | None = None
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -33,13 +35,26 @@ class CpuFsdp2Trainer(LpDecayTrainer):
         self.is_fsdp_enabled = True
 
 
+class Kill(TrainerCallback):
+    """As the kernel does it when memory runs out: one process, without a word."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main(options: dict) -> None:
     torch.set_num_threads(1)
     config = LpDecayConfig(**options.pop("lp_config"))
-    CpuFsdp2Trainer.state_dict_type = options.pop("state_dict_type", "FULL_STATE_DICT")
+    CpuFsdp2Trainer.state_dict_type = options.pop("state_dict_type", None)
+    trainer_cls = CpuFsdp2Trainer if CpuFsdp2Trainer.state_dict_type else LpDecayTrainer
     folder, resume = options.pop("output_dir"), options.pop("resume", None)
+    callbacks = [Kill(options.pop("kill_at"))] if "kill_at" in options else None
     model = tiny_llama(tie_word_embeddings=False, attention_dropout=0.0)
-    trainer = trainer_for(folder, config, trainer_cls=CpuFsdp2Trainer, model=model, **options)
+    trainer = trainer_for(folder, config, trainer_cls=trainer_cls, model=model, callbacks=callbacks, **options)
     trainer.train(resume_from_checkpoint=resume)
     sharded = type(next(trainer.model.parameters())).__name__
     trainer.save_model()

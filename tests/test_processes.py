@@ -1,0 +1,113 @@
+"""Two real processes, with DDP and with FSDP2, where each holds half of every parameter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_llama, trainer_for
+from safetensors.torch import load_file
+
+from hf_lpdecay import LpDecayConfig
+
+
+HERE = Path(__file__).parent
+GLOBAL = {"p": 0.5, "target_sparsity": 0.5, "scope": "global"}
+
+
+def launch(folder, lp_config, **options):
+    options = {"output_dir": str(folder), "lp_config": lp_config, "per_device_train_batch_size": 2, **options}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = [str(HERE), str(HERE.parent / "recipes"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(
+        [*command, str(HERE / "worker.py"), json.dumps(options)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=env,
+    )
+    return done
+
+
+def trained(folder, lp_config, **options):
+    done = launch(folder, lp_config, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["parameters"] == ("DTensor" if "state_dict_type" in options else "Parameter")
+    return result["logs"]
+
+
+def alone(folder, config, resume=None, **options):
+    """The same in one process, on the same batches."""
+    model = tiny_llama(tie_word_embeddings=False, attention_dropout=0.0)
+    trainer = trainer_for(folder, LpDecayConfig(**config), model=model, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, [log for log in trainer.state.log_history if "loss" in log]
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 12}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a run of two processes with DDP, and what it logged."""
+    folder = tmp_path_factory.mktemp("ddp")
+    return folder, trained(folder, GLOBAL, **SAVING)
+
+
+def test_after_a_kill_the_run_is_resumed_to_the_bits_of_one_without(uninterrupted, tmp_path):
+    folder, logs = uninterrupted
+    done = launch(tmp_path, GLOBAL, **SAVING, kill_at=14)
+    assert done.returncode != 0 and not (tmp_path / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]
+    assert trained(tmp_path, GLOBAL, **SAVING, resume=True)[-1] == logs[-1]
+    whole, resumed = (load_file(each / "model.safetensors") for each in (folder, tmp_path))
+    assert all((whole[name] == resumed[name]).all() for name in whole)
+
+
+def test_two_processes_go_on_as_one_and_one_as_two(uninterrupted, tmp_path):
+    folder, logs = uninterrupted
+    _, expected = alone(tmp_path / "one", GLOBAL, **SAVING)
+    assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in expected], abs=1e-3)
+    _, as_one = alone(tmp_path / "as_one", GLOBAL, resume=str(folder / "checkpoint-12"))
+    as_two = trained(tmp_path / "as_two", GLOBAL, resume=str(tmp_path / "one" / "checkpoint-12"))
+    for found in (as_one, as_two):
+        assert found[-1]["loss"] == pytest.approx(expected[-1]["loss"], abs=1e-3)
+        assert found[-1]["sparsity"] == expected[-1]["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "config", [GLOBAL, {"p": 0.5, "target_sparsity": 0.3, "pattern": "neurons", "calibration_batches": 2}]
+)
+def test_two_shards_end_as_one_process_on_the_same_batches(tmp_path, config):
+    logs = trained(tmp_path / "two", config, state_dict_type="FULL_STATE_DICT")
+    one, expected = alone(tmp_path / "one", config)
+    assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in expected], abs=1e-3)
+    assert logs[-1]["sparsity"] == expected[-1]["sparsity"]
+    saved = load_file(tmp_path / "two" / "model.safetensors")
+    for name, param in one.model.named_parameters():
+        assert (saved[name] == 0).sum() == pytest.approx(int((param == 0).sum()), abs=0.01 * param.numel()), name
+    zeros = [sum(int((t == 0).sum()) for t in weights) for weights in (saved.values(), one.model.parameters())]
+    assert zeros[0] == zeros[1] > 0
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_resumed_run_of_shards_ends_as_one_that_was_not_interrupted(tmp_path, kind):
+    options = {"state_dict_type": kind, **SAVING}
+    whole = trained(tmp_path / "whole", GLOBAL, **options)
+    resumed = trained(tmp_path / "resumed", GLOBAL, **options, resume=str(tmp_path / "whole" / "checkpoint-12"))
+    for a, b in zip(whole[-4:], resumed[-4:]):
+        assert all(a[name] == b[name] for name in ("step", "grad_norm", "sparsity", "lp_lambda"))
+    if kind == "FULL_STATE_DICT":
+        a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+        assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_a_pattern_whose_rows_lie_in_different_processes_is_refused(tmp_path):
+    config = {"p": 0.5, "target_sparsity": 0.5, "pattern": "block:4x4"}
+    done = launch(tmp_path, config, state_dict_type="FULL_STATE_DICT")
+    assert done.returncode != 0
+    assert "pattern='block:4x4' needs 4 rows of model.layers.0.self_attn.q_proj.weight in one process" in done.stderr
