@@ -10,17 +10,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx, validate_repo_id
-from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME, logging
 
-from ..sparsity import SparsityReport
 from ..sparsity.report import write_text
-from ..training.record import RECORD_FILE, measure_folder, stored_tensors, weight_files
+from ..training.record import RECORD_FILE, measure_checkpoint, stored_tensors, weight_files
 from .card import CARD_FILE, is_hand_written, make_card, read_record, write_card
 
 
@@ -191,7 +187,7 @@ def _is_pickle(path: Path) -> bool:
 def _facts(folder: Path) -> dict[str, Any]:
     """What sparsity.json says, after a look whether it is of this model; or what can be counted without one."""
     if not (folder / RECORD_FILE).is_file():
-        return _count(folder).to_dict()
+        return measure_checkpoint(folder).to_dict()
     facts = read_record(folder)
     recorded = {tensor["name"]: tensor for tensor in facts["tensors"]}
     for tensor in stored_tensors(folder):
@@ -203,19 +199,6 @@ def _facts(folder: Path) -> dict[str, Any]:
                 " anew: measure_sparsity(model).to_json(path)."
             )
     return facts
-
-
-def _count(folder: Path) -> SparsityReport:
-    config = AutoConfig.from_pretrained(folder)
-    name = (config.architectures or ["no architecture"])[0]
-    if not hasattr(transformers, name):
-        raise ValueError(
-            f"There is no {RECORD_FILE} in {folder}, and Transformers has no {name} to tell which layers are linear:"
-            f" write one yourself, measure_sparsity(model).to_json({str(folder / RECORD_FILE)!r})."
-        )
-    with torch.device("meta"):
-        model = getattr(transformers, name)(config)
-    return measure_folder(model, folder)
 
 
 def _as_json(facts: dict[str, Any]) -> str:

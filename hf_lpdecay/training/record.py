@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.trainer_utils import has_length
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 RECORD_FILE = "sparsity.json"
+# Entries of a stored tensor that are read at a time.
+_SLICE = 1 << 24
 PICTURE_FILE = "sparsity.png"
 # What the Trainer logs beside the metrics of an evaluation.
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -104,6 +106,31 @@ def measure_folder(
     return SparsityReport([TensorSparsity(**{**asdict(stored[name]), "selected": name in selected}) for name in names])
 
 
+def measure_checkpoint(folder: str | os.PathLike) -> SparsityReport:
+    """Count the exact zeros of a saved model without making it: its config says which layers are linear.
+
+    Args:
+        folder (`str` or `os.PathLike`): With config.json and safetensors.
+
+    Returns:
+        `SparsityReport`: As `measure_sparsity` gives it for the loaded model.
+
+    Raises:
+        OSError: If config.json or safetensors are missing.
+        ValueError: If the config names no architecture that Transformers has.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    name = (config.architectures or ["no architecture"])[0]
+    if not hasattr(transformers, name):
+        raise ValueError(
+            f"The config in {folder} names {name}, and Transformers has no such class to tell which layers are linear:"
+            " load the model with its own code, and use measure_sparsity(model)."
+        )
+    with torch.device("meta"):
+        model = getattr(transformers, name)(config)
+    return measure_folder(model, folder)
+
+
 def stored_tensors(folder: str | os.PathLike) -> Iterator[TensorSparsity]:
     """Read the weights of a folder, one after the other.
 
@@ -120,11 +147,20 @@ def stored_tensors(folder: str | os.PathLike) -> Iterator[TensorSparsity]:
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in tqdm(file.keys(), desc=f"Counting zeros in {path.name}", leave=False):
-                    tensor = file.get_tensor(name)
-                    zeros = tensor.numel() - int(tensor.count_nonzero())
-                    yield TensorSparsity(name, list(tensor.shape), tensor.numel(), zeros, selected=False)
-        except (OSError, RuntimeError) as error:
+                names = list(file.keys())
+            for name in tqdm(names, desc=f"Counting zeros in {path.name}", leave=False):
+                # Opened anew for each: what has been read of a mapped file counts as memory until it is closed.
+                with safe_open(path, framework="pt") as file:
+                    part = file.get_slice(name)
+                    shape = part.get_shape()
+                    rows = max(1, _SLICE // max(1, math.prod(shape[1:])))
+                    pieces = (
+                        (part[i : i + rows] for i in range(0, shape[0], rows)) if shape else [file.get_tensor(name)]
+                    )
+                    nonzeros = sum(int(piece.count_nonzero()) for piece in pieces)
+                numel = math.prod(shape)
+                yield TensorSparsity(name, shape, numel, numel - nonzeros, selected=False)
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read ({error}): save the model again.") from error
 
 

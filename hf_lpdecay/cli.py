@@ -1,0 +1,225 @@
+"""The command line: `lpdecay report | eval | shrink | push`."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .artifacts import push_to_hub, shrink
+from .artifacts.zeros import compare_zeros
+from .evaluation import text_loss
+from .training.record import measure_checkpoint
+
+
+EXAMPLES = """\
+examples:
+  lpdecay report outputs/sparse                          what is zero, and where
+  lpdecay report outputs/sparse outputs/tuned            which zeros were gained and lost in between
+  lpdecay report outputs/tuned --against outputs/sparse  fails if a zero of outputs/sparse was lost
+  lpdecay eval outputs/sparse --file test.txt --context_length 256
+  lpdecay shrink outputs/neurons outputs/small           cut zero neurons and heads out
+  lpdecay push outputs/sparse me/sparse --dry_run        what would be pushed to the hub
+
+exit codes: 0 done, 1 a check failed, 2 refused, 130 interrupted
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv (`list[str]`, *optional*): Arguments. Defaults to those of the process.
+
+    Returns:
+        `int`: 0 if it was done, 1 if a check failed, 2 if the input was refused, 130 if interrupted.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        result, text, failed = options.run(options)
+    except KeyboardInterrupt:
+        print("\nInterrupted. Nothing was left half written.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"lpdecay {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2) if options.json else text)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lpdecay",
+        description="Sparse models on the disk: look, evaluate, make smaller, push.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, add, run in COMMANDS:
+        command = commands.add_parser(
+            name,
+            help=run.__doc__.splitlines()[0],
+            description=run.__doc__,
+            epilog="examples:\n" + "\n".join(x for x in EXAMPLES.splitlines() if x.startswith(f"  lpdecay {name} ")),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add(command)
+        command.add_argument("--json", action="store_true", help="Print the result as JSON.")
+        command.set_defaults(run=run)
+    return parser
+
+
+Result = tuple[dict[str, Any], str, bool]
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="Folder of a saved model (config.json and safetensors).")
+    parser.add_argument("other", nargs="?", help="A second one, to compare: zeros gained and lost per tensor.")
+    parser.add_argument("--against", metavar="BASE", help="Fail, with exit code 1, if a zero of this folder was lost.")
+    parser.add_argument("--by", choices=("module", "tensor"), default="module", help="Rows (default: module).")
+
+
+def _report(options: argparse.Namespace) -> Result:
+    """Count the exact zeros of a saved model, or compare two.
+
+    Reads the files tensor by tensor, without making the model.
+    """
+    if options.other and options.against:
+        raise ValueError("Give either a second folder or --against, not both.")
+    if options.other or options.against:
+        base, folder = (options.against, options.folder) if options.against else (options.folder, options.other)
+        return _compare(base, folder, check=bool(options.against))
+    report = measure_checkpoint(options.folder)
+    return report.to_dict(), report.table(by=options.by), False
+
+
+def _compare(base: str, folder: str, check: bool) -> Result:
+    changes = compare_zeros(base, folder)
+    rows = [change for change in changes if change.before or change.after]
+    width = max([len(change.name) for change in rows] + [len("in total")])
+    lines = [f"{'':<{width}}  {'zeros':>13}  {'lost':>13}  {'gained':>13}"]
+    for change in rows:
+        lines.append(f"{change.name:<{width}}  {change.before:>13,}  {change.lost:>13,}  {change.gained:>13,}")
+    totals = {name: sum(getattr(change, name) for change in changes) for name in ("before", "after", "lost", "gained")}
+    lines.append(f"{'in total':<{width}}  {totals['before']:>13,}  {totals['lost']:>13,}  {totals['gained']:>13,}")
+    if check:
+        lost = totals["lost"]
+        lines.append(f"{lost:,} zeros of {base} were lost." if lost else f"No zero of {base} was lost.")
+    result = {"base": base, "folder": folder, **totals, "tensors": [asdict(change) for change in changes]}
+    return result, "\n".join(lines), check and totals["lost"] > 0
+
+
+def _eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="Folder of a causal language model, or its hub id.")
+    parser.add_argument("--file", required=True, help="Text to read.")
+    parser.add_argument("--context_length", type=int, default=1024, help="Tokens per window (default: 1024).")
+    parser.add_argument("--stride", type=int, help="From one window to the next (default: the context length).")
+    parser.add_argument("--max_windows", type=int, help="Read that many windows at most.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Windows read at once (default: 8).")
+
+
+def _eval(options: argparse.Namespace) -> Result:
+    """Measure the perplexity of a causal language model on a text.
+
+    In float32, with a 95 % interval from drawing windows anew.
+    """
+    text = Path(options.file).read_text(encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    loss = text_loss(
+        model, tokenizer, text, options.context_length, options.stride, options.max_windows, options.batch_size
+    )
+    low, high = loss.interval()
+    result = {
+        "perplexity": loss.perplexity,
+        "perplexity_interval": [low, high],
+        "word_perplexity": loss.word_perplexity,
+        "tokens": int(loss.tokens.sum()),
+        "words": loss.words,
+        "windows": len(loss.losses),
+        "context_length": loss.context_length,
+        "stride": loss.stride,
+    }
+    said = (
+        f"perplexity {loss.perplexity:.4g} per token (95 % interval {low:.4g} - {high:.4g}),"
+        f" {loss.word_perplexity:.4g} per word; {result['tokens']:,} tokens in {result['windows']} windows of"
+        f" {loss.context_length}, stride {loss.stride}"
+    )
+    return result, said, False
+
+
+def _shrink_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="Folder of a model with zero neurons or heads.")
+    parser.add_argument("out", help="Folder to write; must not exist or be empty.")
+
+
+def _shrink(options: argparse.Namespace) -> Result:
+    """Cut zero neurons and heads out of a model, and save it smaller.
+
+    The result is a plain Transformers model; its outputs are checked to be the same.
+    """
+    out = Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder: name another one.")
+    config = AutoConfig.from_pretrained(options.folder)
+    architecture = (config.architectures or ["no architecture"])[0]
+    if not hasattr(transformers, architecture):
+        raise ValueError(f"The config in {options.folder} names {architecture}, which Transformers does not have.")
+    model = getattr(transformers, architecture).from_pretrained(options.folder, dtype="auto")
+    smaller = shrink(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        smaller.save_pretrained(folder)
+        if (Path(options.folder) / "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(options.folder).save_pretrained(folder)
+        os.chmod(folder, 0o755)
+        os.replace(folder, out)
+        Path(folder).mkdir()  # for the context manager to delete
+    before, after = model.num_parameters(), smaller.num_parameters()
+    result = {"out": str(out), "parameters_before": before, "parameters_after": after}
+    return result, f"{before:,} parameters, now {after:,} ({after / before:.1%}), in {out}", False
+
+
+def _push_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="Folder of a saved model.")
+    parser.add_argument("repo_id", help="namespace/name on the hub.")
+    parser.add_argument("--private", action="store_true", help="Make it private, and push to no public one.")
+    parser.add_argument("--revision", help="Branch (default: main).")
+    parser.add_argument("--dry_run", action="store_true", help="Only list what would be pushed.")
+
+
+def _push(options: argparse.Namespace) -> Result:
+    """Push a saved model and its card to the Hugging Face Hub.
+
+    The token comes from the environment (HF_TOKEN) or from `hf auth login`.
+    """
+    push = push_to_hub(
+        options.folder,
+        options.repo_id,
+        private=options.private,
+        revision=options.revision,
+        dry_run=options.dry_run,
+    )
+    return asdict(push), str(push), False
+
+
+COMMANDS: tuple[tuple[str, Callable, Callable[[argparse.Namespace], Result]], ...] = (
+    ("report", _report_options, _report),
+    ("eval", _eval_options, _eval),
+    ("shrink", _shrink_options, _shrink),
+    ("push", _push_options, _push),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
