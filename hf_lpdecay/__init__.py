@@ -1,6 +1,6 @@
 """Train Transformers models sparse with the decoupled p-norm weight decay of arXiv 2404.10824."""
 
-from .artifacts import push_to_hub, shrink, to_semi_structured, trim_rank
+from .artifacts import pack, push_to_hub, shrink, to_semi_structured, trim_rank, unpack
 from .config import LpDecayConfig
 from .optim import LpAdamW, LpDecay
 from .sparsity import SparsityReport, measure_sparsity
@@ -18,8 +18,10 @@ __all__ = [
     "SparsityReport",
     "measure_sparsity",
     "merge_sparse",
+    "pack",
     "push_to_hub",
     "shrink",
     "to_semi_structured",
     "trim_rank",
+    "unpack",
 ]

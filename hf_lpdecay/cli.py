@@ -1,4 +1,4 @@
-"""The command line: `lpdecay report | eval | shrink | push`."""
+"""The command line: `lpdecay report | eval | pack | unpack | shrink | push`."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from .artifacts import push_to_hub, shrink
+from .artifacts import pack, push_to_hub, shrink, unpack
 from .artifacts.zeros import compare_zeros
 from .evaluation import text_loss
 from .training.record import measure_checkpoint
@@ -26,6 +26,8 @@ examples:
   lpdecay report outputs/sparse outputs/tuned            which zeros were gained and lost in between
   lpdecay report outputs/tuned --against outputs/sparse  fails if a zero of outputs/sparse was lost
   lpdecay eval outputs/sparse --file test.txt --context_length 256
+  lpdecay pack outputs/sparse outputs/sparse-packed      a lossless archive, much smaller
+  lpdecay unpack outputs/sparse-packed outputs/again     every file as it was
   lpdecay shrink outputs/neurons outputs/small           cut zero neurons and heads out
   lpdecay push outputs/sparse me/sparse --dry_run        what would be pushed to the hub
 
@@ -158,6 +160,36 @@ def _eval(options: argparse.Namespace) -> Result:
     return result, said, False
 
 
+def _pack_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="Folder of a saved model.")
+    parser.add_argument("out", help="Folder to write; must not exist or be empty.")
+
+
+def _pack(options: argparse.Namespace) -> Result:
+    """Pack a saved model into a lossless archive.
+
+    A bit mask and the compressed non-zero values of each tensor, with a checksum.
+    """
+    result = pack(options.folder, options.out)
+    dense, packed = result["dense_bytes"], result["packed_bytes"]
+    text = f"{dense:,} bytes of weights, now {packed:,} ({packed / dense:.1%}), in {options.out}"
+    return {"out": options.out, **result}, text, False
+
+
+def _unpack_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("archive", help="Folder that `lpdecay pack` has written.")
+    parser.add_argument("out", help="Folder to write; must not exist or be empty.")
+
+
+def _unpack(options: argparse.Namespace) -> Result:
+    """Unpack an archive: every file as it was, byte for byte.
+
+    Checksums are checked; of a damaged archive nothing is written.
+    """
+    unpack(options.archive, options.out)
+    return {"out": options.out}, f"unpacked to {options.out}", False
+
+
 def _shrink_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="Folder of a model with zero neurons or heads.")
     parser.add_argument("out", help="Folder to write; must not exist or be empty.")
@@ -216,6 +248,8 @@ def _push(options: argparse.Namespace) -> Result:
 COMMANDS: tuple[tuple[str, Callable, Callable[[argparse.Namespace], Result]], ...] = (
     ("report", _report_options, _report),
     ("eval", _eval_options, _eval),
+    ("pack", _pack_options, _pack),
+    ("unpack", _unpack_options, _unpack),
     ("shrink", _shrink_options, _shrink),
     ("push", _push_options, _push),
 )

@@ -1,0 +1,140 @@
+"""A piece of a sparse tensor in few bytes, and back: a bit mask, and the bytes of the non-zero values by significance.
+
+The values' exponents take few of their possible values and are compressed well, their mantissas hardly at all: so the
+bytes are sorted into planes, one for each place in a value, and each plane goes through Zstandard by itself. Zero means
+that all bits are: -0.0 is a value.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import zstandard
+
+
+# Entries per piece: small enough for several at a time, large enough for the compressor.
+PIECE = 1 << 22
+_MASK_LEVEL, _PLANE_LEVEL = 3, 1
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is kept of a piece.
+
+    Args:
+        nonzeros (`int`): How many entries have a bit that is set.
+        parts (`list[bytes]`): The mask, or the gaps between the values if these are fewer than one in 16 (empty if all
+            entries are zero or none is), then the planes from the most significant byte down. A part that Zstandard
+            does not make smaller is kept as it is, but for gaps.
+    """
+
+    nonzeros: int
+    parts: list[bytes]
+
+
+def encode(data: bytes | memoryview, size: int, is_float: bool) -> Piece:
+    """Compress some entries of a tensor.
+
+    Args:
+        data (`bytes`): The entries, little endian.
+        size (`int`): Bytes per entry: 1, 2, 4 or 8.
+        is_float (`bool`): Whether the highest bit is a sign, which is better off beside the mantissa.
+    """
+    words = np.frombuffer(data, _WORDS[size])
+    mask = words != 0
+    nonzeros = int(np.count_nonzero(mask))
+    values = words if nonzeros == len(words) else words[mask]
+    mask_part = b""
+    if 0 < nonzeros < len(words):
+        if _is_rare(nonzeros, len(words)):
+            mask_part = zstandard.ZstdCompressor(level=_PLANE_LEVEL).compress(_gaps(mask).tobytes())
+        else:
+            mask_part = _compress(np.packbits(mask, bitorder="little").tobytes(), _MASK_LEVEL)
+    if is_float:
+        bits = 8 * size
+        values = (values << values.dtype.type(1)) | (values >> values.dtype.type(bits - 1))
+    planes = np.ascontiguousarray(values).view(np.uint8).reshape(-1, size)
+    parts = [_compress(np.ascontiguousarray(planes[:, i]).tobytes(), _PLANE_LEVEL) for i in reversed(range(size))]
+    return Piece(nonzeros, [mask_part, *parts])
+
+
+def decode(piece: Piece, count: int, size: int, is_float: bool) -> bytes:
+    """The entries that [`encode`] was given.
+
+    Args:
+        piece (`Piece`): What was kept.
+        count (`int`): Number of entries.
+        size, is_float: See [`encode`].
+
+    Raises:
+        ValueError: If the piece is damaged.
+    """
+    if not 0 <= piece.nonzeros <= count or len(piece.parts) != size + 1:
+        raise ValueError(f"{piece.nonzeros} values in {len(piece.parts)} parts do not make {count} entries")
+    words = np.zeros(count, _WORDS[size])
+    if piece.nonzeros == 0:
+        return words.tobytes()
+    planes = np.empty((piece.nonzeros, size), np.uint8)
+    for i, part in zip(reversed(range(size)), piece.parts[1:]):
+        planes[:, i] = np.frombuffer(_decompress(part, piece.nonzeros), np.uint8)
+    values = planes.view(_WORDS[size]).reshape(-1)
+    if is_float:
+        bits = 8 * size
+        values = (values >> values.dtype.type(1)) | (values << values.dtype.type(bits - 1))
+    if piece.nonzeros == count:
+        return values.tobytes()
+    if _is_rare(piece.nonzeros, count):
+        words[_places(piece.parts[0], piece.nonzeros, count)] = values
+        return words.tobytes()
+    packed = np.frombuffer(_decompress(piece.parts[0], -(-count // 8)), np.uint8)
+    mask = np.unpackbits(packed, count=count, bitorder="little").view(bool)
+    if int(np.count_nonzero(mask)) != piece.nonzeros:
+        raise ValueError(f"the mask has {int(np.count_nonzero(mask))} bits set for {piece.nonzeros} values")
+    words[mask] = values
+    return words.tobytes()
+
+
+def _is_rare(nonzeros: int, count: int) -> bool:
+    """Whether values are so few that the gaps between them are fewer bytes than a mask."""
+    return nonzeros * 16 < count
+
+
+def _gaps(mask: np.ndarray) -> np.ndarray:
+    """The zeros in front of each value, a byte for each; 255 stands for as many zeros, and the gap goes on."""
+    gaps = np.diff(np.flatnonzero(mask), prepend=-1) - 1
+    longer = gaps // 255
+    coded = np.full(len(gaps) + int(longer.sum()), 255, np.uint8)
+    coded[np.cumsum(longer + 1) - 1] = gaps - 255 * longer
+    return coded
+
+
+def _places(part: bytes, nonzeros: int, count: int) -> np.ndarray:
+    """Where the values are, from the gaps."""
+    try:
+        size = zstandard.frame_content_size(part)
+        if not nonzeros <= size <= nonzeros + count // 255:  # before memory is taken for it
+            raise ValueError(f"{size} gaps for {nonzeros} values among {count} entries")
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+    coded = np.frombuffer(_decompress(part, size), np.uint8)
+    ends = np.flatnonzero(coded != 255)
+    places = np.cumsum(coded, dtype=np.int64)[ends] + np.arange(len(ends))
+    if len(places) != nonzeros or places[-1] >= count:
+        raise ValueError(f"{len(places)} gaps do not place {nonzeros} values among {count} entries")
+    return places
+
+
+def _compress(data: bytes, level: int) -> bytes:
+    compressed = zstandard.ZstdCompressor(level=level).compress(data)
+    return compressed if len(compressed) < len(data) else data
+
+
+def _decompress(data: bytes, size: int) -> bytes:
+    if len(data) == size:
+        return data
+    try:
+        if zstandard.frame_content_size(data) != size:  # before memory is taken for it
+            raise ValueError(f"a part does not hold {size} bytes")
+        return zstandard.ZstdDecompressor().decompress(data)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
