@@ -1,9 +1,11 @@
 """The decay without a subclass: a plain `Trainer`, its optimizer and a callback."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import arguments, same_bits, tiny_llama, token_rows, trainer_for, weights
 from transformers import Trainer, set_seed
 
@@ -110,3 +112,27 @@ def test_a_checkpoint_without_the_decay_is_not_gone_on_with(tmp_path):
     for make in (plain, trainer_for):
         with pytest.raises(ValueError, match="checkpoint at step 10 was not written with one SparsityCallback"):
             make(tmp_path / "b", TARGET).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+
+
+@pytest.mark.parametrize(
+    "kind, version, message",
+    [
+        (DistributedType.FSDP, 1, r"does not support FSDP1, .* use FSDP2 \(fsdp_version: 2\), or DDP"),
+        (DistributedType.MULTI_CPU, 2, "FSDP was asked for, but accelerate has set up MULTI_CPU"),
+        (DistributedType.DEEPSPEED, None, "does not support DEEPSPEED"),
+    ],
+)
+def test_sharding_that_is_not_supported_is_refused_by_both_ways(tmp_path, monkeypatch, kind, version, message):
+    trainer, ours = plain(tmp_path, TARGET), trainer_for(tmp_path, TARGET)
+    optimizer = trainer.create_optimizer()
+    plugin = None if version is None else SimpleNamespace(fsdp_version=version)
+    # What AcceleratorState asks: after `accelerate launch`, or a look at the plugin.
+    state = SimpleNamespace(distributed_type=kind, fsdp_plugin=plugin)
+    monkeypatch.setattr("hf_lpdecay.training.callbacks.AcceleratorState", lambda: state)
+    monkeypatch.setattr(ours.accelerator, "state", state)
+    with pytest.raises(ValueError, match=message):
+        trainer.callback_handler.callbacks[-2].on_train_begin(
+            trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=optimizer
+        )
+    with pytest.raises(ValueError, match=message):
+        ours._check_can_decay()

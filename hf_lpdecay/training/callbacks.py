@@ -292,8 +292,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def refuse_sharding(state: AcceleratorState) -> None:
     """Raise where a process holds pieces of the model that do not know their place in it."""
-    kind = state.distributed_type
-    if kind == DistributedType.FSDP and state.fsdp_plugin.fsdp_version == 2:
+    kind, plugin = state.distributed_type, getattr(state, "fsdp_plugin", None)
+    if plugin is not None and kind != DistributedType.FSDP:
+        raise ValueError(
+            f"FSDP was asked for, but accelerate has set up {kind.value}, as it does without a GPU: leave fsdp out."
+        )
+    if plugin is not None and plugin.fsdp_version == 2:
         return
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         name = "FSDP1" if kind == DistributedType.FSDP else kind.value
