@@ -60,13 +60,13 @@ def test_any_p_is_as_exact_as_a_short_cut():
         assert torch.allclose(short, general, rtol=1e-4, atol=2e-5), (short - general).abs().max()
 
 
-number = st.floats(-(2.0**100), 2.0**100, width=32)
+number = st.floats(-(2.0**50), 2.0**50, width=32)
 
 
 @settings(max_examples=200)
 @given(
     w=number,
-    grad=st.floats(-(2.0**60), 2.0**60, width=32),
+    grad=number,
     lr=st.floats(1e-12, 1),
     lp_lambda=st.floats(1e-12, 1e6),
     p=st.one_of(st.floats(-20, 6), st.sampled_from([0, 0.5, 1, 1.5, 2])),

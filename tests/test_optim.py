@@ -123,7 +123,7 @@ def test_the_state_of_the_s_dynamics_is_resumed_and_stays_float32():
         assert all(torch.equal(a, b) for a, b in zip(params, copied))
 
 
-finite = st.floats(-(2.0**100), 2.0**100, width=32)
+finite = st.floats(-(2.0**50), 2.0**50, width=32)
 size = st.floats(0, 2.0**100, width=32)
 norm = st.floats(-20, 6)
 strength = st.floats(0, 1e6)
