@@ -41,14 +41,14 @@ SMOLLM2 = LlamaConfig(
 SHAPES = {
     "smollm2-135m": (LlamaForCausalLM, SMOLLM2),
     "bert-base": (BertModel, BertConfig()),
-    # Four of the sixteen layers, to fit a small machine's memory.
-    "llama-1b-4-layers": (
+    # Two of the sixteen layers, to fit a small machine's memory.
+    "llama-1b-2-layers": (
         LlamaForCausalLM,
         LlamaConfig(
             vocab_size=128256,
             hidden_size=2048,
             intermediate_size=8192,
-            num_hidden_layers=4,
+            num_hidden_layers=2,
             num_attention_heads=32,
             num_key_value_heads=8,
             tie_word_embeddings=True,
@@ -236,7 +236,7 @@ def benchmark_trainer(steps: int, batch: int = 4, length: int = 128) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="Which models.")
-    parser.add_argument("--rounds", type=int, default=11, help="Steps of each rival, interleaved.")
+    parser.add_argument("--rounds", type=int, default=7, help="Steps of each rival, interleaved.")
     parser.add_argument("--trainer_steps", type=int, default=16, help="Steps in the Trainer; 0 leaves it out.")
     parser.add_argument("--results_file", type=Path, help="Where the numbers go as JSON.")
     arguments = parser.parse_args()

@@ -1,15 +1,19 @@
 """The one-pass kernel against the same step in torch operations and against the float64 twin."""
 
+import json
 import math
 import os
 import subprocess
 import sys
 
+import benchmark_optimizer
 import pytest
 import torch
+from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ReferenceLpAdamW
+from transformers import LlamaForCausalLM
 
 from hf_lpdecay import LpAdamW
 from hf_lpdecay.optim import kernels
@@ -245,3 +249,17 @@ def test_shards_in_two_processes_give_what_one_process_gives(tmp_path):
         [*command, tmp_path / "sharded.py"], capture_output=True, text=True, timeout=200, env=environment
     )
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_the_benchmark_runs_and_measures_every_rival(tmp_path, monkeypatch, capsys):
+    tiny = tiny_llama().config
+    monkeypatch.setattr(benchmark_optimizer, "SMOLLM2", tiny)
+    monkeypatch.setattr(benchmark_optimizer, "SHAPES", {"tiny": (LlamaForCausalLM, tiny)})
+    file = tmp_path / "out" / "results.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark_optimizer.py", "--rounds", "3", "--results_file", str(file)])
+    benchmark_optimizer.main()
+    results = json.loads(file.read_text())
+    rivals = results["shapes"][0]["rivals"]
+    assert len(rivals) == 12 and all(rival["ms"] > 0 for rival in rivals.values())
+    assert all(speed > 0 for speed in results["tokens_per_second"].values())
+    assert capsys.readouterr().out.count("| LpAdamW, p =") == 7

@@ -13,8 +13,8 @@ from .functional import acts, lp_decay_, random_bits, stochastic_round
 from .pieces import local, pieces_of
 
 
-# Elements whose sizes are kept at a time: 64 MB in float32.
-KEPT = 1 << 24
+# Weights that are kept at a time, 16 MB in float32. (More would come fresh from the operating system in each step.)
+KEPT = 1 << 22
 
 # What the kernel would need for an AdamW step.
 _NO_ADAMW = {"betas": (0.0, 0.0), "eps": 1.0, "weight_decay": 0.0}
@@ -29,8 +29,8 @@ class LpDecay(torch.optim.Optimizer):
     AdamW. Groups and state are those of the optimizer inside, with this one's options and the plan of a
     [`~hf_lpdecay.sparsity.SparsityController`] in them; schedulers and `accelerate` are given the wrapper.
 
-    ``|w|`` must be kept while the optimizer inside steps. The optimizers of `torch.optim` step each parameter for
-    itself, so they are given a part of the parameters at a time, and what is kept is at most 64 MB or one parameter. Of
+    ``w`` must be kept while the optimizer inside steps. The optimizers of `torch.optim` step each parameter for
+    itself, so they are given a part of the parameters at a time, and what is kept is at most 16 MB or one parameter. Of
     any other class (and of `LBFGS`, and where hooks are registered on the step) that is not known, and a copy of the
     decayed weights is made in each step. With `post_step` alone nothing is kept.
 
