@@ -1,14 +1,19 @@
 """The one-pass kernel against the same step in torch operations and against the float64 twin."""
 
+import json
 import math
+import os
 import subprocess
 import sys
 
+import benchmark_optimizer
 import pytest
 import torch
+from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ReferenceLpAdamW
+from transformers import LlamaForCausalLM
 
 from hf_lpdecay import LpAdamW
 from hf_lpdecay.optim import kernels
@@ -59,13 +64,13 @@ def test_any_p_is_as_exact_as_a_short_cut():
         assert torch.allclose(short, general, rtol=1e-4, atol=2e-5), (short - general).abs().max()
 
 
-number = st.floats(-(2.0**100), 2.0**100, width=32)
+number = st.floats(-(2.0**50), 2.0**50, width=32)
 
 
 @settings(max_examples=200)
 @given(
     w=number,
-    grad=st.floats(-(2.0**60), 2.0**60, width=32),
+    grad=number,
     lr=st.floats(1e-12, 1),
     lp_lambda=st.floats(1e-12, 1e6),
     p=st.one_of(st.floats(-20, 6), st.sampled_from([0, 0.5, 1, 1.5, 2])),
@@ -185,3 +190,76 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (16
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.1  # bytes per parameter; a copy would be 4
+
+
+SHARDED = """
+import sys, torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from hf_lpdecay.optim import LpAdamW, LpDecay
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+WRAPPED = lambda params: LpDecay(torch.optim.AdamW(params, lr=1e-2), p=0.8, lp_lambda=3e-2)
+for make in (
+    lambda params: LpAdamW(params, lr=1e-2, p=0.8, lp_lambda=3e-2, fused=True),
+    lambda params: LpAdamW(params, lr=1e-2, p=0.8, lp_lambda=3e-2, fused=False, s_rate=0.5),
+    lambda params: LpAdamW(params, lr=1e-2, p=0.8, freeze_zeros=True),
+    WRAPPED,
+):
+    results = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        # Seven rows: the shards are not equal.
+        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+        model[0].weight.data[:3] = 0.0
+        inputs = torch.randn(16, 5)
+        if sharded:
+            fully_shard(model, mesh=mesh)
+        optimizer = make(model.parameters())
+        for step in range(10):
+            if sharded and step == 5:  # what a resumed run does, its step with lr = 0 on empty state included
+                saved = get_optimizer_state_dict(model, optimizer)
+                optimizer = make(model.parameters())
+                set_optimizer_state_dict(model, optimizer, saved)
+            model(inputs).square().mean().backward()
+            if step >= 5 and make is not WRAPPED:
+                state = optimizer.state[model[2].weight]
+                row = state["exp_avg_sq"].mean(1, keepdim=True).sqrt() * 100
+                state.update(lp_threshold=0.1, lp_row=row, lp_col=torch.linspace(0.5, 2, 7)[None])
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.full_tensor() if sharded else p.detach() for p in model.parameters()])
+    for whole, shards in zip(*results):
+        torch.testing.assert_close(whole, shards, rtol=1e-4, atol=1e-5)
+    zeros = [(p == 0).sum().item() for p in results[0]]
+    assert zeros == [(p == 0).sum().item() for p in results[1]] and sum(zeros) > 0, zeros
+    assert all((p != 0).any() for p in results[0])
+dist.destroy_process_group()
+"""
+
+
+def test_shards_in_two_processes_give_what_one_process_gives(tmp_path):
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*command, tmp_path / "sharded.py"], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_the_benchmark_runs_and_measures_every_rival(tmp_path, monkeypatch, capsys):
+    tiny = tiny_llama().config
+    monkeypatch.setattr(benchmark_optimizer, "SMOLLM2", tiny)
+    monkeypatch.setattr(benchmark_optimizer, "SHAPES", {"tiny": (LlamaForCausalLM, tiny)})
+    file = tmp_path / "out" / "results.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark_optimizer.py", "--rounds", "3", "--results_file", str(file)])
+    benchmark_optimizer.main()
+    results = json.loads(file.read_text())
+    rivals = results["shapes"][0]["rivals"]
+    assert len(rivals) == 12 and all(rival["ms"] > 0 for rival in rivals.values())
+    assert all(speed > 0 for speed in results["tokens_per_second"].values())
+    assert capsys.readouterr().out.count("| LpAdamW, p =") == 7

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference import ReferenceLpAdamW
 
 from hf_lpdecay import LpAdamW, LpDecay
-from hf_lpdecay.optim import wrapper
+from hf_lpdecay.optim import kernels, wrapper
 
 
 ADAMW = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05}
@@ -90,6 +90,29 @@ def test_around_adamw_it_is_the_twin_and_lp_adamw(p, lp_lambda, lr, freeze, post
         twin.step(a.grad.flatten())
     expected = torch.tensor(twin.w, dtype=torch.float64).view_as(a)
     assert torch.allclose(a, expected, rtol=1e-8, atol=1e-10) and torch.allclose(b, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("p", [-1, 0, 0.3, 0.5, 1, 1.5, 2, 3])
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_for_the_decay_alone_is_the_decay_in_torch_operations(monkeypatch, p, planned, dtype):
+    for variant in ({}, {"post_step": True}, {"post_step": True, "freeze_zeros": True}, {"freeze_zeros": True}):
+        results = []
+        for kernel in (True, False):
+            with monkeypatch.context() as patch:
+                if not kernel:
+                    patch.setattr(kernels, "covers", lambda *args: False)
+                torch.manual_seed(0)
+                (param,) = make_params(dtype, shapes=[(31, 17)])
+                optimizer = LpDecay(torch.optim.SGD([param], lr=0.1), p=p, lp_lambda=1e-3, **variant)
+                if planned:
+                    row, col = torch.linspace(0.5, 2, 31)[:, None], torch.linspace(2, 0.5, 17)[None]
+                    optimizer.state[param].update(lp_lambda=2e-3, lp_threshold=0.08, lp_row=row, lp_col=col)
+                train(optimizer, [param], range(3))
+            results.append(param.detach().float())
+        ours, theirs = results
+        close = torch.isclose(ours, theirs, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-6)
+        assert close.float().mean() > 0.995 and ((ours == 0) == (theirs == 0)).float().mean() > 0.995
 
 
 @pytest.mark.parametrize("inside", ["AdamW", "SGD", "transformers' Adafactor"])

@@ -190,8 +190,7 @@ class LpAdamW(torch.optim.Optimizer):
         # Drawn on the CPU, from torch's global generator.
         seed = int(torch.randint(1 << 32, ())) if low_precision and group["stochastic_rounding"] is not False else None
         eager_only = decays and (group["s_rate"] < 1 or "pattern" in group or by_unit)
-        # Frozen zeros alone leave the bits to AdamW.
-        if fused and (decays or low_precision) and not eager_only and kernels.covers(tensors, factors, group["p"]):
+        if fused and not eager_only and kernels.covers(tensors, factors, group["p"]):
             case = kernels.case_for(tensors, factors, options)
             if kernels.available(case):
                 step += 1

@@ -30,7 +30,7 @@ SOURCE = Path(__file__).with_name("one_pass.cpp")
 # Comparisons and square roots only become vector instructions without errno and traps. No -ffast-math: infinities and
 # NaN keep their meaning.
 _FLAGS = ("-std=c++11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
-_TASK = struct.Struct("=6q2q2I13f4x")  # one_pass.cpp's Task
+_TASK = struct.Struct("=6q2q2I11f4x")  # one_pass.cpp's Task
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 # Below this a thread costs more than it saves.
 _MIN_ELEMENTS_PER_THREAD = 1 << 15
@@ -43,18 +43,21 @@ class Case(NamedTuple):
         norm (`int`): Twice p, where p has a short cut (0, 0.5, 1, 1.5, 2); -1 for any p.
         factors (`bool`): Whether the importance has row and column factors.
         post_step (`bool`): Whether the size is taken after AdamW's step.
+        alone (`bool`): Whether there is only the decay: the place of the gradient then takes the weights from before
+            the step (with `post_step` it is not looked at), and that of the moments is not looked at.
         weight, moment (`torch.dtype`): Of weights and gradients, and of the moments.
     """
 
     norm: int
     factors: bool
     post_step: bool
+    alone: bool
     weight: torch.dtype
     moment: torch.dtype
 
 
 # What can be built at all can be built for this.
-ANY_NORM = Case(-1, False, False, torch.float32, torch.float32)
+ANY_NORM = Case(-1, False, False, False, torch.float32, torch.float32)
 
 
 def covers(tensors: tuple[Tensor, ...], factors: tuple[Tensor, Tensor] | None, p: float) -> bool:
@@ -115,6 +118,7 @@ def _build(case: Case) -> Callable[[bytes, int, int, int], None] | str:
         "NORM": case.norm,
         "FACTORS": int(case.factors),
         "POST_STEP": int(case.post_step),
+        "ALONE": int(case.alone),
         "WEIGHT": _TYPES[case.weight],
         "MOMENT": _TYPES[case.moment],
     }
@@ -204,12 +208,15 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def case_for(tensors: tuple[Tensor, ...], factors: tuple[Tensor, Tensor] | None, options: dict[str, Any]) -> Case:
+def case_for(
+    tensors: tuple[Tensor, ...], factors: tuple[Tensor, Tensor] | None, options: dict[str, Any], alone: bool = False
+) -> Case:
     """The case that updates a parameter.
 
     Args:
         tensors, factors: See [`covers`].
         options (`dict[str, Any]`): Keyword arguments of [`lp_adamw_`].
+        alone (`bool`, *optional*, defaults to `False`): See [`Case`].
     """
     p, strength = options["p"], options["lr"] * options["lp_lambda"]
     norm, post_step, has_factors = -1, options["post_step"], factors is not None
@@ -219,7 +226,7 @@ def case_for(tensors: tuple[Tensor, ...], factors: tuple[Tensor, Tensor] | None,
         norm = 4
     elif p in (0, 0.5, 1, 1.5) and 1e-20 <= strength < 1 and options["eps"] >= 1e-12:  # so that nothing underflows
         norm = int(2 * p)
-    return Case(norm, has_factors, post_step, tensors[0].dtype, tensors[2].dtype)
+    return Case(norm, has_factors, post_step, alone, tensors[0].dtype, tensors[2].dtype)
 
 
 def scalars_for(case: Case, step: int, options: dict[str, Any]) -> tuple[float, ...]:
@@ -232,21 +239,24 @@ def scalars_for(case: Case, step: int, options: dict[str, Any]) -> tuple[float, 
     """
     lr, p, lp_lambda, threshold = (options[name] for name in ("lr", "p", "lp_lambda", "threshold"))
     beta1, beta2 = options["betas"]
-    if case.norm < 0:
-        strength = math.log2(lr) + math.log2(lp_lambda)
+    if case.norm == 4:
+        strength = 1.0 / (1.0 + lr * lp_lambda)
+    elif case.norm >= 0:
+        strength = lr * lp_lambda
     else:
-        strength = lr * lp_lambda + (1.0 if case.norm == 4 else 0.0)
+        strength = math.log2(lr) + math.log2(lp_lambda)
     absorbed = -1.0
     if lr * lp_lambda > 0 and p < 2 and threshold != 0 and not case.post_step:
         # Up to here the decay would divide by 2 ** 126 and more, which the kernel takes for infinity.
         absorbed = 2.0 ** max(-126.0, min((math.log2(lr) + math.log2(lp_lambda) - 126.0) / (2.0 - p), 126.0))
         if threshold is not None:
             absorbed = min(absorbed, threshold * (1.0 - 1e-6))
+    frozen = 0.0 if options["freeze_zeros"] else -1.0
+    if not (case.factors or case.post_step):
+        frozen = max(frozen, absorbed)
     return (
         1.0 - lr * options["weight_decay"],
-        beta1,
         1.0 - beta1,
-        beta2,
         1.0 - beta2,
         lr / (1.0 - beta1**step),
         1.0 / math.sqrt(1.0 - beta2**step),
@@ -255,5 +265,5 @@ def scalars_for(case: Case, step: int, options: dict[str, Any]) -> tuple[float, 
         p - 2.0,
         math.inf if threshold is None else threshold,
         absorbed,
-        0.0 if options["freeze_zeros"] else -1.0,
+        frozen,
     )

@@ -1,10 +1,12 @@
 // One AdamW step with the p-norm decay in one pass over the memory: what functional.py does, for a CPU.
 //
 // Compiled by kernels.py for one case at a time:
-//   NORM     p, if there is a short cut for it (0, 0.5, 1, 1.5 or 2), times two; -1 for any p
-//   FACTORS  whether the importance has row and column factors
-//   POST_STEP whether the size is that of the weight after AdamW's step
-//   WEIGHT   float or bf16, the type of weights and gradients; MOMENT likewise
+//   NORM       p, if there is a short cut for it (0, 0.5, 1, 1.5 or 2), times two; -1 for any p
+//   FACTORS    whether the importance has row and column factors
+//   POST_STEP  whether the size is that of the weight after AdamW's step
+//   ALONE      whether there is only the decay: `grad` then holds the weights from before the step
+//   WEIGHT     float or bf16, the type of weights and gradients; MOMENT likewise
+// Exact to about float32, as long as no |weight * gradient| comes near 1e30.
 // No headers but the C library's, so that compiling takes a fraction of a second.
 
 #include <cmath>
@@ -46,31 +48,35 @@ inline void store(bf16* p, int64_t i, float x, uint32_t up) {
 }
 
 // strength * r ** power to about 1e-5, by polynomials for log2 on [sqrt(1/2), sqrt(2)] and 2 ** x on [-1/2, 1/2].
-// `strength` is given as its log2. At most 2 ** 127, so that 0 times it is 0; r = 0 counts as about 2 ** -127.
+// `strength` is given as its log2. At most 2 ** 127; r = 0 counts as about 2 ** -127.
 inline float power_of(float r, float power, float log2_strength) {
     uint32_t bits = bits_of<uint32_t>(r);
     int32_t exponent = (int32_t)(bits - 0x3f3504f3U) >> 23;
     float f = bits_of<float>(bits - ((uint32_t)exponent << 23)) - 1.0f;
-    float f2 = f * f;
-    float high = (-0.202289263727672f * f + 0.316898187155453f) * f2 + (-0.366925770957597f * f + 0.479925573470884f);
-    float log2_r = f * (f2 * high + (-0.721195752393868f * f + 1.442700440013494f)) + (float)exponent;
+    float log2_r = -0.202289263727672f * f + 0.316898187155453f;
+    log2_r = log2_r * f - 0.366925770957597f;
+    log2_r = log2_r * f + 0.479925573470884f;
+    log2_r = log2_r * f - 0.721195752393868f;
+    log2_r = log2_r * f + 1.442700440013494f;
+    log2_r = log2_r * f + (float)exponent;
     float t = power * log2_r + log2_strength;
     // Adding 1.5 * 2 ** 23 rounds to a whole number, which (with the bias 127) then stands in the lowest bits.
     float shifted = t + 12583039.0f;
     float x = t - (shifted - 12583039.0f);
-    float x2 = x * x;
-    float y = x2 * (x2 * 0.009666368515338f + (0.055921975842253f * x + 0.240223490380213f)) +
-              (0.693121045203427f * x + 1.0f);
+    float y = 0.009666368515338f * x + 0.055921975842253f;
+    y = y * x + 0.240223490380213f;
+    y = y * x + 0.693121045203427f;
+    y = y * x + 1.0f;
     int32_t scale = (int32_t)bits_of<uint32_t>(shifted);
     scale = scale < 0x4b400001 ? 0x4b400001 : scale;
     scale = scale > 0x4b4000fd ? 0x4b4000fd : scale;
     return y * bits_of<float>((uint32_t)scale << 23);
 }
 
-// r ** (2 - p) if there is a short cut for it, at most 2 ** 50.
+// r ** (2 - p) if there is a short cut for it, at most 2 ** 26: adding a strength below 1 then changes nothing.
 inline float short_cut(float r) {
     float x = NORM == 0 ? r * r : NORM == 1 ? r * sqrtf(r) : NORM == 2 ? r : sqrtf(r);
-    return x < 1125899906842624.0f ? x : 1125899906842624.0f;
+    return x < 67108864.0f ? x : 67108864.0f;
 }
 
 }  // namespace
@@ -81,7 +87,7 @@ struct Task {
     const float *row, *col;
     int64_t numel, cols;
     uint32_t seed, stochastic;
-    float keep, beta1, rest1, beta2, rest2, step_size, bias, eps, strength, power, threshold, absorbed, frozen;
+    float keep, rest1, rest2, step_size, bias, eps, strength, power, threshold, absorbed, frozen;
 };
 
 static void update(const Task& task, int64_t begin, int64_t end, float row, const float* col) {
@@ -92,33 +98,37 @@ static void update(const Task& task, int64_t begin, int64_t end, float row, cons
     MOMENT* __restrict exp_avg_sq = t.exp_avg_sq;
     const bool stochastic = t.stochastic;
     for (int64_t i = begin; i < end; i++) {
-        float w = load(param, i), g = load(grad, i);
-        float m = t.beta1 * load(exp_avg, i) + t.rest1 * g;
-        float v = t.beta2 * load(exp_avg_sq, i) + t.rest2 * g * g;
-        float d = sqrtf(v) * t.bias + t.eps;
-        float size = fabsf(w), r = size, w_hat = 0.0f;
-        if (POST_STEP) {
-            w_hat = t.keep * w - t.step_size * (m / d);
-            r = fabsf(w_hat);
+        float w = load(param, i), g = load(grad, i), w_hat = w, m = 0.0f, v = 0.0f, d = 1.0f;
+        float size = fabsf(ALONE ? g : w);
+        if (!ALONE) {
+            m = load(exp_avg, i), v = load(exp_avg_sq, i);
+            m += t.rest1 * (g - m);
+            v += t.rest2 * (g * g - v);
+            d = sqrtf(v) * t.bias + t.eps;
+            w_hat = t.keep * w;
+            if (POST_STEP) {
+                w_hat -= t.step_size * (m / d);
+                d = 1.0f;
+            } else {
+                w_hat = w_hat * d - t.step_size * m;  // times d: one division by all there is to divide by
+            }
         }
+        float r = POST_STEP ? fabsf(w_hat) : size;
         if (FACTORS) r *= row * col[i - begin];
-        // The decay divides by x / numerator.
-        float numerator = NORM < 0 || NORM == 4 ? 1.0f : short_cut(r);
-        float x = NORM < 0 ? 1.0f + power_of(r, t.power, t.strength) : NORM == 4 ? t.strength : numerator + t.strength;
-        float factor;
-        if (POST_STEP || NORM == 4) {
-            factor = numerator / x;
-            if (!POST_STEP) w_hat = t.keep * w - t.step_size * (m / d);
-        } else {  // one division for both quotients: divisions are what takes the time
-            float inverse = 1.0f / (d * x);
-            w_hat = t.keep * w - t.step_size * (m * (inverse * x));
-            factor = numerator * (inverse * d);
-        }
-        w_hat *= r < t.threshold ? factor : 1.0f;
-        w_hat = (r <= t.absorbed) | (size <= t.frozen) ? 0.0f : w_hat;
+        // The decay multiplies with numerator / x.
+        float numerator = NORM == 4 ? t.strength : NORM < 0 ? 1.0f : short_cut(r);
+        float x = NORM == 4 ? 1.0f : NORM < 0 ? 1.0f + power_of(r, t.power, t.strength) : numerator + t.strength;
+        bool due = r < t.threshold;
+        if (NORM >= 0) w_hat *= due ? numerator : 1.0f;
+        w_hat /= d * (due ? x : 1.0f);
+        bool zero = size <= t.frozen;
+        if (FACTORS || POST_STEP) zero |= r <= t.absorbed;  // otherwise size is r, and frozen the larger of the two
+        w_hat = zero ? 0.0f : w_hat;
         uint32_t bits = sizeof(WEIGHT) == 2 ? hash((uint32_t)i + t.seed) : 0;
-        store(exp_avg, i, m, half_place(m));
-        store(exp_avg_sq, i, v, stochastic ? bits >> 16 : half_place(v));
+        if (!ALONE) {
+            store(exp_avg, i, m, half_place(m));
+            store(exp_avg_sq, i, v, stochastic ? bits >> 16 : half_place(v));
+        }
         store(param, i, w_hat, stochastic ? bits & 0xffff : half_place(w_hat));
     }
 }

@@ -12,8 +12,10 @@ if torch.distributed.is_available():
 else:  # nothing is one
     DTensor = ()
 
-# Elements that are updated at a time: the scratch stays at a few MB whatever the size of the model.
+# Elements that are updated at a time, whatever the size of the model: the scratch stays at a few MB on a CPU, whose
+# cache it should fit, and below 64 MB elsewhere.
 PIECE = 1 << 18
+PIECE_ELSEWHERE = 1 << 22
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def pieces_of(
     unit: int = 1,
     pattern: str | None = None,
 ) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor | None, Tensor | None], int]]:
-    """Split equally shaped tensors into pieces of about `PIECE` elements.
+    """Split equally shaped tensors into pieces of few elements.
 
     Args:
         tensors (`tuple[torch.Tensor, ...]`): What is split, all of one shape.
@@ -57,15 +59,15 @@ def pieces_of(
         `tuple`: The pieces, views of the tensors; their part of the factors, or two `None`; and the position of their
             first element.
     """
-    shape = tensors[0].shape
+    shape, piece = tensors[0].shape, PIECE if tensors[0].device.type == "cpu" else PIECE_ELSEWHERE
     if factors is None and pattern is None and all(tensor.is_contiguous() for tensor in tensors):
-        for offset, pieces in enumerate(zip(*(tensor.view(-1).split(PIECE) for tensor in tensors))):
-            yield pieces, (None, None), offset * PIECE
+        for offset, pieces in enumerate(zip(*(tensor.view(-1).split(piece) for tensor in tensors))):
+            yield pieces, (None, None), offset * piece
     elif len(shape) < 2:
         yield tensors, factors or (None, None), 0
     else:
         width = tensors[0].numel() // max(1, shape[0])
-        rows = max(1, PIECE // max(1, width) // unit) * unit
+        rows = max(1, piece // max(1, width) // unit) * unit
         for start in range(0, shape[0], rows):
             here = slice(start, start + rows)
             row, col = (None, None) if factors is None else (factors[0][here], factors[1])

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import kernels
 from .adamw import check_number, check_p
 from .functional import acts, lp_decay_, random_bits, stochastic_round
 from .pieces import factors_of, local, pieces_of
 
 
-# Elements whose sizes are kept at a time: 64 MB in float32.
-KEPT = 1 << 24
+# Weights that are kept at a time, 16 MB in float32. (More would come fresh from the operating system in each step.)
+KEPT = 1 << 22
 
+# What the kernel would need for an AdamW step.
+_NO_ADAMW = {"betas": (0.0, 0.0), "eps": 1.0, "weight_decay": 0.0}
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -26,10 +29,10 @@ class LpDecay(torch.optim.Optimizer):
     AdamW. Groups and state are those of the optimizer inside, with this one's options and the plan of a
     [`~hf_lpdecay.sparsity.SparsityController`] in them; schedulers and `accelerate` are given the wrapper.
 
-    ``|w|`` must be kept while the optimizer inside steps. The optimizers of `torch.optim` step each parameter for
-    itself, so they are given a part of the parameters at a time, and what is kept is at most 64 MB or one parameter. Of
+    ``w`` must be kept while the optimizer inside steps. The optimizers of `torch.optim` step each parameter for
+    itself, so they are given a part of the parameters at a time, and what is kept is at most 16 MB or one parameter. Of
     any other class (and of `LBFGS`, and where hooks are registered on the step) that is not known, and a copy of the
-    decayed weights is made in each step. With `post_step` nothing is kept.
+    decayed weights is made in each step. With `post_step` alone nothing is kept.
 
     Args:
         optimizer (`torch.optim.Optimizer`): Steps first. Its own weight decay adds up with this one.
@@ -201,62 +204,81 @@ class LpDecay(torch.optim.Optimizer):
         """What must be known of a parameter before it is stepped."""
         if param.grad is not None and param.grad.is_sparse:
             raise RuntimeError("LpDecay does not take sparse gradients; make the embedding with sparse=False.")
-        plan = plans.get(param, {})
-        lr = group["lr"]
-        if lr is None:
-            raise ValueError("LpDecay needs a learning rate, got lr=None: give the optimizer inside one.")
+        plan, lr = plans.get(param, {}), group["lr"]
+        # Asking for the value of a tensor on another device would wait for it.
         lr = lr if torch.is_tensor(lr) and lr.device.type != "cpu" else float(lr)
-        kept = {"param": param, "group": group, "plan": plan, "lr": lr, "size": None, "zero": None}
-        kept["lp_lambda"] = plan.get("lp_lambda", group["lp_lambda"])
-        if acts(lr, kept["lp_lambda"]) and not group["post_step"]:
-            kept["size"] = local(param).abs()
-        elif group["freeze_zeros"] or plan.get("lp_freeze_zeros"):
-            kept["zero"] = local(param) == 0
-        return kept
+        options = {
+            "lr": lr,
+            "lp_lambda": plan.get("lp_lambda", group["lp_lambda"]),
+            "p": group["p"],
+            "freeze_zeros": group["freeze_zeros"] or plan.get("lp_freeze_zeros", False),
+            "post_step": group["post_step"],
+            "threshold": plan.get("lp_threshold"),
+            **_NO_ADAMW,
+        }
+        decays = acts(lr, options["lp_lambda"])
+        needed = options["freeze_zeros"] or (decays and not group["post_step"])
+        before = local(param).clone() if needed else None
+        return {"param": param, "group": group, "plan": plan, "options": options, "decays": decays, "before": before}
 
     def _decay(self, kept: list[dict[str, Any]]) -> None:
+        batch = kernels.Batch()
         for this in kept:
-            if this["param"].grad is not None:
-                self._decay_one(**this)
+            if this["param"].grad is not None and (this["decays"] or this["options"]["freeze_zeros"]):
+                self._decay_one(batch, **this)
+        batch.run()
 
     def _decay_one(
         self,
+        batch: kernels.Batch,
         param: Tensor,
         group: dict[str, Any],
         plan: dict[str, Any],
-        lr: float | Tensor,
-        lp_lambda: float,
-        size: Tensor | None,
-        zero: Tensor | None,
+        options: dict[str, Any],
+        decays: bool,
+        before: Tensor | None,
     ) -> None:
-        weight = local(param)
-        if acts(lr, lp_lambda):
-            factors, by_unit = factors_of(plan, weight)
-            pattern, low_precision = group.get("pattern"), param.dtype in _LOW_PRECISION
-            freezes = group["freeze_zeros"] or plan.get("lp_freeze_zeros", False)
-            options = {
-                "lr": lr,
-                "lp_lambda": lp_lambda,
-                "p": group["p"],
-                "threshold": plan.get("lp_threshold"),
-                "by_unit": by_unit,
-                "pattern": pattern,
-                "dim": plan.get("lp_dim", 1),
-            }
-            seed = int(torch.randint(1 << 32, ())) if low_precision else 0
-            tensors = (weight,) if size is None else (weight, size)
-            for pieces, (row, col), offset in pieces_of(tensors, factors, plan.get("lp_rows", 1), pattern):
-                piece = pieces[0].float() if low_precision else pieces[0]
-                r = pieces[1].to(piece.dtype, copy=True) if size is not None else piece.abs()
-                frozen = r == 0 if freezes and size is not None else None
-                lp_decay_(piece, r, row=row, col=col, **options)
-                if frozen is not None:
-                    piece.masked_fill_(frozen, 0.0)
-                if low_precision:
-                    bits = random_bits(piece.numel(), seed, offset, piece.device)
-                    pieces[0].copy_(stochastic_round(piece, param.dtype, bits))
-        if zero is not None:
-            weight.masked_fill_(zero, 0.0)
+        weight, low_precision = local(param), param.dtype in _LOW_PRECISION
+        before = weight if before is None else before
+        factors, by_unit = factors_of(plan, weight) if decays else (None, False)
+        pattern = group.get("pattern") if decays else None
+        seed = int(torch.randint(1 << 32, ())) if low_precision else None
+        tensors = (weight, before, weight, weight)
+        contiguous = weight.is_contiguous() and before.is_contiguous()
+        if (
+            contiguous
+            and pattern is None
+            and not by_unit
+            and before.dtype == weight.dtype
+            and kernels.covers(tensors, factors, group["p"])
+        ):
+            case = kernels.case_for(tensors, factors, options, alone=True)
+            if kernels.available(case):
+                batch.add(case, tensors, kernels.scalars_for(case, 1, options), seed, factors)
+                return
+        for pieces, (row, col), offset in pieces_of((weight, before), factors, plan.get("lp_rows", 1), pattern):
+            piece = pieces[0].float() if low_precision else pieces[0]
+            frozen = pieces[1] == 0 if options["freeze_zeros"] else None
+            if decays:
+                size = (piece if group["post_step"] else pieces[1].to(piece.dtype)).abs()
+                lp_decay_(
+                    piece,
+                    size,
+                    lr=options["lr"],
+                    lp_lambda=options["lp_lambda"],
+                    p=options["p"],
+                    threshold=options["threshold"],
+                    row=row,
+                    col=col,
+                    by_unit=by_unit,
+                    pattern=pattern,
+                    dim=plan.get("lp_dim", 1),
+                )
+            if frozen is not None:
+                piece.masked_fill_(frozen, 0.0)
+            if low_precision:
+                bits = random_bits(piece.numel(), seed, offset, piece.device)
+                pieces[0].copy_(stochastic_round(piece, param.dtype, bits))
 
 
 @contextmanager

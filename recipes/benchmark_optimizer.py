@@ -1,0 +1,263 @@
+"""Time one optimizer step of LpAdamW beside its rivals, on the shapes of real models and within a Trainer.
+
+python recipes/benchmark_optimizer.py
+python recipes/benchmark_optimizer.py --shapes bert-base --rounds 20 --trainer_steps 0
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hf_lpdecay import LpAdamW, LpDecay, LpDecayConfig, LpDecayTrainer
+
+
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+SHAPES = {
+    "smollm2-135m": (LlamaForCausalLM, SMOLLM2),
+    "bert-base": (BertModel, BertConfig()),
+    # Two of the sixteen layers, to fit a small machine's memory.
+    "llama-1b-2-layers": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            vocab_size=128256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=2,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            tie_word_embeddings=True,
+        ),
+    ),
+}
+# Small enough that the weights stay what they are during the measurement, large enough for the decay to act.
+ADAMW = {"lr": 1e-7, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+DECAY = {"lp_lambda": 1e-3}
+# What one pass must read and write of a float32 weight, its gradient and its two moments.
+BYTES_PER_PARAMETER = 28
+
+
+class Naive:
+    """The published rule in its plainest form: a clone of all weights, AdamW, `pow`, `mul`."""
+
+    def __init__(self, params: list[Tensor], p: float):
+        self.optimizer, self.p = torch.optim.AdamW(params, **ADAMW), p
+        self.state = self.optimizer.state
+
+    @torch.no_grad()
+    def step(self) -> None:
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        before = [param.clone() for param in params]
+        self.optimizer.step()
+        for param, w in zip(params, before):
+            param.mul_(1 / (1 + ADAMW["lr"] * DECAY["lp_lambda"] * w.abs().pow(self.p - 2)))
+
+
+def rivals(params: list[Tensor]) -> dict[str, Any]:
+    """The optimizers to compare, all over the same weights, gradients and moments."""
+    optimizers = {
+        "torch AdamW, fused": torch.optim.AdamW(params, **ADAMW, fused=True),
+        "torch AdamW, foreach": torch.optim.AdamW(params, **ADAMW, foreach=True),
+    }
+    for p in (0.3, 0.5, 0.8, 1, 2):
+        optimizers[f"LpAdamW, p = {p}"] = LpAdamW(params, **ADAMW, **DECAY, p=p, fused=True)
+    trimmed = LpAdamW(params, **ADAMW, **DECAY, p=0.8, freeze_zeros=True, fused=True)
+    optimizers["LpAdamW, p = 0.8, trimmed, importance"] = trimmed
+    optimizers["LpAdamW, zeros frozen, no decay"] = LpAdamW(params, **ADAMW, freeze_zeros=True)
+    optimizers["LpAdamW, p = 0.8, fused=False"] = LpAdamW(params, **ADAMW, **DECAY, p=0.8, fused=False)
+    optimizers["LpDecay(AdamW), p = 0.8"] = LpDecay(torch.optim.AdamW(params, **ADAMW, fused=True), **DECAY, p=0.8)
+    optimizers["naive: clone, AdamW, pow, mul"] = Naive(params, p=0.8)
+    for param in params:
+        moments = {"exp_avg": torch.randn_like(param) * 1e-3, "exp_avg_sq": torch.rand_like(param) * 1e-6}
+        for optimizer in optimizers.values():
+            optimizer.state[param] = {"step": torch.tensor(10.0), **moments}
+        trimmed.state[param]["lp_threshold"] = 0.02
+        if param.dim() == 2:
+            row, col = torch.rand(len(param), 1) + 0.5, torch.rand(1, param.shape[1]) + 0.5
+            trimmed.state[param].update(lp_row=row, lp_col=col)
+    return optimizers
+
+
+def milliseconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
+
+
+def memory_of(function: Callable[[], Any]) -> int | None:
+    """How many bytes the process grew by at the most while a function ran; `None` where Linux does not say."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        before = _status("VmRSS")
+        function()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def benchmark(name: str, rounds: int) -> dict[str, Any]:
+    """One table: every rival steps once in each round."""
+    model_class, config = SHAPES[name]
+    with torch.device("meta"):
+        shapes = [param.shape for param in model_class(config).parameters()]
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape) * 0.02) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param) * 1e-3
+    optimizers, numel = rivals(params), sum(param.numel() for param in params)
+    largest = max(params, key=torch.numel).detach()
+    target = torch.zeros_like(largest)
+    first = {rival: milliseconds(optimizer.step) for rival, optimizer in optimizers.items()}
+    memory = {rival: memory_of(optimizer.step) for rival, optimizer in optimizers.items()}
+    times: dict[str, list[float]] = {rival: [] for rival in optimizers}
+    copies = []
+    for _ in tqdm(range(rounds), desc=name):
+        copies.append(milliseconds(lambda: target.copy_(largest)))
+        for rival, optimizer in optimizers.items():
+            times[rival].append(milliseconds(optimizer.step))
+    return {
+        "shapes": name,
+        "parameters": numel,
+        "tensors": len(params),
+        "copy_gb_per_s": 8 * largest.numel() / statistics.median(copies) / 1e6,
+        "rivals": {
+            rival: {
+                "ms": statistics.median(times[rival]),
+                "quartiles": statistics.quantiles(times[rival], n=4)[::2],
+                "first_ms": first[rival],
+                "extra_bytes_per_parameter": None if memory[rival] is None else memory[rival] / numel,
+            }
+            for rival in optimizers
+        },
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    fused = result["rivals"]["torch AdamW, fused"]["ms"]
+    lines = [
+        f"{result['shapes']}: {result['parameters']:,} parameters in {result['tensors']} tensors; a copy runs at"
+        f" {result['copy_gb_per_s']:.0f} GB/s",
+        "",
+        "| step | ms (quartiles) | to fused AdamW | GB/s | extra bytes per parameter | first step, ms |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for rival, row in result["rivals"].items():
+        low, high = row["quartiles"]
+        speed = BYTES_PER_PARAMETER * result["parameters"] / row["ms"] / 1e6
+        extra = row["extra_bytes_per_parameter"]
+        lines.append(
+            f"| {rival} | {row['ms']:.1f} ({low:.1f} to {high:.1f}) | {row['ms'] / fused:.2f} | {speed:.0f}"
+            f" | {'?' if extra is None else format(extra, '.2f')} | {row['first_ms']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of each step, from batch to batch."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def benchmark_trainer(steps: int, batch: int = 4, length: int = 128) -> dict[str, float]:
+    """Tokens per second in a Trainer on SmolLM2-135M's shapes (random weights and tokens, bf16 autocast)."""
+    rows = torch.randint(SMOLLM2.vocab_size, (steps * batch, length)).tolist()
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    runs = {
+        "Trainer, AdamW": (Trainer, {}),
+        "LpDecayTrainer, plain": (LpDecayTrainer, {"lp_config": LpDecayConfig(p=0.8, lp_lambda=1e-3)}),
+        "LpDecayTrainer, to a target": (
+            LpDecayTrainer,
+            {"lp_config": LpDecayConfig(p=0.5, target_sparsity=0.5, ramp_end=1.0)},
+        ),
+    }
+    speeds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (trainer_class, options) in runs.items():
+            torch.manual_seed(0)
+            times = StepTimes()
+            arguments = TrainingArguments(
+                folder,
+                max_steps=steps,
+                per_device_train_batch_size=batch,
+                learning_rate=1e-5,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                bf16=True,
+                use_cpu=True,
+            )
+            trainer_class(
+                LlamaForCausalLM(SMOLLM2), arguments, train_dataset=data, callbacks=[times], **options
+            ).train()
+            speeds[name] = batch * length / statistics.median(times.seconds[1:])
+    return speeds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="Which models.")
+    parser.add_argument("--rounds", type=int, default=7, help="Steps of each rival, interleaved.")
+    parser.add_argument("--trainer_steps", type=int, default=16, help="Steps in the Trainer; 0 leaves it out.")
+    parser.add_argument("--results_file", type=Path, help="Where the numbers go as JSON.")
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error(f"--rounds {arguments.rounds}: quartiles need at least 2.")
+    if arguments.trainer_steps and arguments.trainer_steps < 16:
+        parser.error(f"--trainer_steps {arguments.trainer_steps}: a ramp needs at least 16, or 0 to leave it out.")
+    results: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "shapes": []}
+    for name in arguments.shapes:
+        result = benchmark(name, arguments.rounds)
+        results["shapes"].append(result)
+        tqdm.write(table(result) + "\n")
+    if arguments.trainer_steps:
+        results["tokens_per_second"] = benchmark_trainer(arguments.trainer_steps)
+        tqdm.write("\n".join(f"| {name} | {speed:.0f} |" for name, speed in results["tokens_per_second"].items()))
+    if arguments.results_file:
+        arguments.results_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = arguments.results_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1))
+        temporary.replace(arguments.results_file)
+
+
+if __name__ == "__main__":
+    main()
