@@ -4,26 +4,54 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from conftest import tiny_llama, token_rows
+import pytest
+import transformers
+from conftest import arguments, tiny_llama, token_rows
+from peft import LoraConfig, get_peft_model
+from test_shrink import with_dead
 
-from hf_lpdecay import LpDecayConfig, LpDecayTrainer, measure_sparsity
+import hf_lpdecay
+from hf_lpdecay import LpDecayConfig, LpDecayMixin, LpDecayTrainer, measure_sparsity
 
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_example_runs(tmp_path, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    tiny_llama().save_pretrained(tmp_path / "model")
-    code = code.replace("HuggingFaceTB/SmolLM2-135M", str(tmp_path / "model")).replace(
-        '"out"', repr(str(tmp_path / "out"))
-    )
-    code = code.replace("max_steps=1000", "max_steps=30, use_cpu=True, save_strategy='no'").replace("=50)", "=5)")
-    namespace = {"dataset": token_rows()}
-    exec(code, namespace)
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_five_steps_run(tmp_path, capsys, monkeypatch, language_model, texts):
+    train, evaluate, smaller, push = PYTHON[:4]
+    monkeypatch.chdir(tmp_path)
+    train = train.replace("HuggingFaceTB/SmolLM2-135M", str(language_model))
+    train = train.replace("max_steps=1000", "max_steps=30, use_cpu=True, save_strategy='no'").replace("=50)", "=5)")
+    namespace = {"dataset": token_rows(), "text": texts[1]["text"][0]}
+    for code in (train, evaluate, smaller, push.replace("private=True", "dry_run=True")):
+        exec(code, namespace)
     assert isinstance(namespace["trainer"], LpDecayTrainer)
-    assert measure_sparsity(namespace["trainer"].model).sparsity == 0.5
-    assert "selected, in total" in capsys.readouterr().out
+    assert measure_sparsity(namespace["trainer"].model).sparsity == pytest.approx(0.5, abs=1e-4)
+    printed = capsys.readouterr().out
+    assert "selected, in total" in printed and "packed_bytes" in printed
+    assert "would be pushed to your-name/smollm2-sparse" in printed and "tokenizer.json" in printed
+
+
+def test_the_other_ways_run(tmp_path):
+    mixin, callback, adapters, small = PYTHON[4:]
+    names = {**vars(transformers), **vars(hf_lpdecay), "DPOTrainer": transformers.Trainer}
+    exec(mixin, names)
+    assert issubclass(names["LpDecayDPOTrainer"], LpDecayMixin)
+    model, args = tiny_llama(), arguments(tmp_path)
+    names = {**vars(transformers), **vars(hf_lpdecay), "model": model, "args": args, "dataset": token_rows()}
+    exec(callback, names)
+    names["trainer"].train()
+    assert measure_sparsity(model).sparsity == 0.5
+    names["peft_model"] = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    exec(adapters.replace('"merged"', repr(str(tmp_path / "merged"))), names)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert measure_sparsity(merged).sparsity == 0.5
+    names["model"] = with_dead(tiny_llama(), "neurons", [16, 16])
+    exec(small.replace('"small"', repr(str(tmp_path / "small"))), names)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "small").intermediate_size == 48
 
 
 def test_the_table_of_options_is_the_config():
