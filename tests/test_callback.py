@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import arguments, same_bits, tiny_llama, token_rows, trainer_for, weights
 from transformers import Trainer, set_seed
 
@@ -110,3 +111,15 @@ def test_a_checkpoint_without_the_decay_is_not_gone_on_with(tmp_path):
     for make in (plain, trainer_for):
         with pytest.raises(ValueError, match="checkpoint at step 10 was not written with one SparsityCallback"):
             make(tmp_path / "b", TARGET).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+
+
+def test_sharding_is_refused_by_both_ways(tmp_path, monkeypatch):
+    trainer, ours = plain(tmp_path, TARGET), trainer_for(tmp_path, TARGET)
+    optimizer = trainer.create_optimizer()
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", object())
+    with pytest.raises(ValueError, match="does not support FSDP yet"):
+        trainer.callback_handler.callbacks[-2].on_train_begin(
+            trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=optimizer
+        )
+    with pytest.raises(ValueError, match="does not support FSDP yet"):
+        ours._check_can_decay()

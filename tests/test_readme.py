@@ -4,16 +4,22 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from conftest import tiny_llama, token_rows
+import transformers
+from conftest import arguments, tiny_llama, token_rows
+from peft import LoraConfig, get_peft_model
 
-from hf_lpdecay import LpDecayConfig, LpDecayTrainer, measure_sparsity
+import hf_lpdecay
+from hf_lpdecay import LpDecayConfig, LpDecayMixin, LpDecayTrainer, measure_sparsity
 
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
 def test_the_example_runs(tmp_path, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = PYTHON[0]
     tiny_llama().save_pretrained(tmp_path / "model")
     code = code.replace("HuggingFaceTB/SmolLM2-135M", str(tmp_path / "model")).replace(
         '"out"', repr(str(tmp_path / "out"))
@@ -24,6 +30,22 @@ def test_the_example_runs(tmp_path, capsys):
     assert isinstance(namespace["trainer"], LpDecayTrainer)
     assert measure_sparsity(namespace["trainer"].model).sparsity == 0.5
     assert "selected, in total" in capsys.readouterr().out
+
+
+def test_the_other_ways_run(tmp_path):
+    mixin, callback, adapters = PYTHON[1:]
+    names = {**vars(transformers), **vars(hf_lpdecay), "DPOTrainer": transformers.Trainer}
+    exec(mixin, names)
+    assert issubclass(names["LpDecayDPOTrainer"], LpDecayMixin)
+    model, args = tiny_llama(), arguments(tmp_path)
+    names = {**vars(transformers), **vars(hf_lpdecay), "model": model, "args": args, "dataset": token_rows()}
+    exec(callback, names)
+    names["trainer"].train()
+    assert measure_sparsity(model).sparsity == 0.5
+    names["peft_model"] = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    exec(adapters.replace('"merged"', repr(str(tmp_path / "merged"))), names)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert measure_sparsity(merged).sparsity == 0.5
 
 
 def test_the_table_of_options_is_the_config():

@@ -288,10 +288,10 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary_and_bad_windows_are_ref
 
 
 def test_two_processes_train_the_model_that_one_trains_on_the_same_batches(command, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     flags = ["--per_device_train_batch_size", "4", "--output_dir"]
-    one = [sys.executable, RECIPES / "finetune.py", *command, *flags, tmp_path / "one"]
-    two = [*launch, RECIPES / "finetune.py", *command, *flags, tmp_path / "two"]
+    one = [*launch, RECIPES / "accelerate" / "cpu.yaml", RECIPES / "finetune.py", *command, *flags, tmp_path / "one"]
+    two = [*launch, RECIPES / "accelerate" / "ddp.yaml", RECIPES / "finetune.py", *command, *flags, tmp_path / "two"]
     two[two.index("--per_device_train_batch_size", two.index("--max_steps")) + 1] = "2"
     for run in (one, two):
         subprocess.run(run, check=True, capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object
+from accelerate.utils import extract_model_from_parallel, gather_object
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -199,7 +199,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 raise ValueError(f"Rank {rank} has an LpDecayConfig with {changed}: give every process the same one.")
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        refuse_sharding(AcceleratorState().distributed_type)
+        refuse_sharding(AcceleratorState())
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         if not isinstance(inner, LpAdamW):
             raise ValueError(
@@ -262,12 +262,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def refuse_sharding(distributed_type: DistributedType) -> None:
+def refuse_sharding(state: AcceleratorState) -> None:
     """Raise where a process does not hold the whole model."""
-    if distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    # As the Trainer asks; on a CPU it is told of the plugin while accelerate falls back to DDP.
+    plugins = {"FSDP": "fsdp_plugin", "DeepSpeed": "deepspeed_plugin"}
+    used = [name for name, plugin in plugins.items() if getattr(state, plugin, None) is not None]
+    if used:
         raise ValueError(
-            f"hf_lpdecay does not support {distributed_type.value} yet: train in one process or with DDP (several"
-            " processes, each with the whole model)."
+            f"hf_lpdecay does not support {used[0]} yet: train in one process or with DDP (several processes, each with"
+            " the whole model)."
         )
 
 

@@ -169,7 +169,7 @@ class LpDecayMixin(WholeCheckpointsMixin):
             raise ValueError(
                 f"optim={OptimizerNames(self.args.optim).value!r} has no p-norm decay: use one of {_OPTIMIZERS}."
             )
-        refuse_sharding(self.accelerator.distributed_type)
+        refuse_sharding(self.accelerator.state)
         if any(isinstance(callback, SparsityCallback) for callback in self.callback_handler.callbacks):
             raise ValueError(
                 f"callbacks= holds a SparsityCallback, but {type(self).__name__} adds its own: leave it out, or train"
