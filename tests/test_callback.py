@@ -47,7 +47,7 @@ def test_the_callback_alone_gives_the_bits_of_the_trainer_and_resumes_to_them(tm
     assert all(t.zeros == 0 for t in measure_sparsity(theirs.model).tensors if not t.selected)
     logs = [[entry for entry in t.state.log_history if "loss" in entry] for t in (ours, theirs)]
     assert logs[0] == logs[1] and "sparsity" in logs[0][0]
-    for step in (8, 16, 24):
+    for step in (16, 24):  # in the ramp and behind the cut
         resumed = plain(tmp_path / "c", config, **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{step}"))
         assert same_bits(final, weights(resumed.model)), step
