@@ -141,17 +141,8 @@ def _eval(options: argparse.Namespace) -> Result:
     loss = text_loss(
         model, tokenizer, text, options.context_length, options.stride, options.max_windows, options.batch_size
     )
-    low, high = loss.interval()
-    result = {
-        "perplexity": loss.perplexity,
-        "perplexity_interval": [low, high],
-        "word_perplexity": loss.word_perplexity,
-        "tokens": int(loss.tokens.sum()),
-        "words": loss.words,
-        "windows": len(loss.losses),
-        "context_length": loss.context_length,
-        "stride": loss.stride,
-    }
+    result = loss.to_dict()
+    low, high = result["perplexity_interval"]
     said = (
         f"perplexity {loss.perplexity:.4g} per token (95 % interval {low:.4g} - {high:.4g}),"
         f" {loss.word_perplexity:.4g} per word; {result['tokens']:,} tokens in {result['windows']} windows of"

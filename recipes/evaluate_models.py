@@ -107,17 +107,7 @@ def evaluate_model(folder: str, options: argparse.Namespace, state: PartialState
     if options.file and causal:
         text = Path(options.file).read_text(encoding="utf-8")
         sizes = {name: getattr(options, name) for name in ("context_length", "stride", "max_windows", "batch_size")}
-        loss = text_loss(model, tokenizer, text, **sizes, desc=Path(folder).name)
-        result |= {
-            "perplexity": loss.perplexity,
-            "perplexity_interval": loss.interval(),
-            "word_perplexity": loss.word_perplexity,
-            "tokens": int(loss.tokens.sum()),
-            "words": loss.words,
-            "windows": len(loss.losses),
-            "context_length": loss.context_length,
-            "stride": loss.stride,
-        }
+        result |= text_loss(model, tokenizer, text, **sizes, desc=Path(folder).name).to_dict()
     elif options.file:
         result["accuracy"], result["examples"] = accuracy(model, tokenizer, options)
     if options.tasks:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,19 @@ class TextLoss:
     def word_perplexity(self) -> float:
         """``exp`` of the loss per word, which models with different tokenizers can be compared by."""
         return math.exp(self.losses.sum().item() / self.words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain Python, ready for JSON."""
+        return {
+            "perplexity": self.perplexity,
+            "perplexity_interval": list(self.interval()),
+            "word_perplexity": self.word_perplexity,
+            "tokens": int(self.tokens.sum()),
+            "words": self.words,
+            "windows": len(self.losses),
+            "context_length": self.context_length,
+            "stride": self.stride,
+        }
 
     def interval(self, level: float = 0.95, samples: int = 1000, seed: int = 0) -> tuple[float, float]:
         """Bootstrap interval of the perplexity: windows drawn anew, with replacement.
