@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_lpdecay import cli, pack, unpack
 from hf_lpdecay.artifacts import archive as module
+from hf_lpdecay.artifacts import stored
 from hf_lpdecay.artifacts.codec import decode, encode
 
 
@@ -64,9 +65,13 @@ def write_model(folder, **options):
     return model
 
 
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
 def same_files(a, b):
-    names = sorted(path.name for path in a.iterdir())
-    assert names == sorted(path.name for path in b.iterdir())
+    names = files(a)
+    assert names == files(b)
     return all(filecmp.cmp(a / name, b / name, shallow=False) for name in names)
 
 
@@ -74,7 +79,7 @@ def same_files(a, b):
 @pytest.mark.parametrize("shard_bytes", [2000, 1 << 30])
 def test_every_file_comes_back_byte_for_byte(tmp_path, monkeypatch, piece, shard_bytes):
     monkeypatch.setattr(module, "PIECE", piece)
-    monkeypatch.setattr(module, "_SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(stored, "SHARD_BYTES", shard_bytes)
     write_model(tmp_path / "model", max_shard_size="30kB")
     result = pack(tmp_path / "model", tmp_path / "packed")
     assert result["packed_bytes"] < result["dense_bytes"]
@@ -97,6 +102,8 @@ def test_every_type_shape_and_bit_pattern_comes_back(tmp_path):
         "int": torch.randint(-5, 5, (11,)),
         "bool": torch.rand(13) < 0.5,
         "fp8": torch.randn(17).to(torch.float8_e4m3fn),
+        "fnuz": torch.randn(17).to(torch.float8_e4m3fnuz),
+        "complex": torch.randn(5, dtype=torch.complex64),
         "zeros": torch.zeros(1000),
     }
     (tmp_path / "model").mkdir()
@@ -104,6 +111,25 @@ def test_every_type_shape_and_bit_pattern_comes_back(tmp_path):
     pack(tmp_path / "model", tmp_path / "packed")
     unpack(tmp_path / "packed", tmp_path / "again")
     assert same_files(tmp_path / "model", tmp_path / "again")
+
+
+def test_every_file_is_kept_but_a_trainers_checkpoints(tmp_path):
+    model = tmp_path / "model"
+    write_model(model)
+    for name in ("training_args.bin", ".gitattributes", "notes (1).txt", "original/params.json"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(name)
+    save_file({"a": torch.zeros(1000)}, model / "original" / "more.safetensors")
+    (tmp_path / "blob").write_text("in the hub's cache")
+    (model / "README.md").symlink_to(tmp_path / "blob")
+    expected = files(model)
+    (model / "checkpoint-10").mkdir()
+    (model / "checkpoint-10" / "optimizer.pt").write_bytes(b"\x80")
+    pack(model, tmp_path / "packed")
+    assert not [name for name in files(tmp_path / "packed") if "more" in name]
+    unpack(tmp_path / "packed", tmp_path / "again")
+    shutil.rmtree(model / "checkpoint-10")
+    assert "README.md" in expected and same_files(model, tmp_path / "again")
 
 
 def test_dense_weights_do_not_grow(tmp_path):
@@ -114,16 +140,20 @@ def test_dense_weights_do_not_grow(tmp_path):
     assert result["packed_bytes"] < 1.01 * result["dense_bytes"]
 
 
-def damage_manifest(**changes):
+def damage_manifest(signed=True, **changes):
+    """Change the manifest; `signed` as somebody would who means it."""
+
     def damage(folder):
         path = folder / "archive.json"
         manifest = json.loads(path.read_text())
         for where, value in changes.items():
             *keys, last = [int(key) if key.isdigit() else key for key in where.split("__")]
-            target = manifest
+            target = manifest if where == "version" else manifest["content"]
             for key in keys:
                 target = target[key]
             target[last] = value(target[last]) if callable(value) else value
+        if signed:
+            manifest["sha256"] = module._digest(manifest["content"])
         path.write_text(json.dumps(manifest))
 
     return damage
@@ -134,16 +164,6 @@ def flip(folder):
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
     path.write_bytes(data)
-
-
-def truncate(folder):
-    path = next(folder.glob("packed-*"))
-    path.write_bytes(path.read_bytes()[:-9])
-
-
-def link(folder):
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.json").symlink_to("/etc/passwd")
 
 
 def huge(encoded):
@@ -167,8 +187,11 @@ DAMAGE = {
     "no json": lambda folder: (folder / "archive.json").write_text("{"),
     "not a dict": lambda folder: (folder / "archive.json").write_text("[]"),
     "version": damage_manifest(version=2),
+    "nested too deep": lambda folder: (folder / "archive.json").write_text("[" * 100_000),
+    "not signed": damage_manifest(signed=False, files__0__name="other.safetensors"),
+    "another config": lambda folder: (folder / "config.json").write_text("{}"),
     "path traversal": damage_manifest(files__0__name="../../evil.safetensors"),
-    "absolute path": damage_manifest(others=lambda others: ["/etc/passwd", *others]),
+    "absolute path": damage_manifest(others=lambda others: [{"name": "/etc/passwd", "sha256": ""}, *others]),
     "shard elsewhere": damage_manifest(shards=["../model/model.safetensors"]),
     "symlink": lambda folder: [
         (folder / "tokenizer.json").unlink(),
@@ -182,9 +205,9 @@ DAMAGE = {
     "missing tensor": damage_manifest(files__0__tensors=lambda tensors: tensors[:-1]),
     "another tensor": damage_manifest(**{f"{FIRST}key": "nowhere"}),
     "another shard": damage_manifest(**{f"{FIRST}shard": "nowhere"}),
-    "checksum": damage_manifest(**{f"{FIRST}blake2b": "0" * 32}),
+    "checksum": damage_manifest(**{f"{FIRST}sha256": "0" * 64}),
     "header": damage_manifest(files__0__header="AAAA"),
-    "a name twice": damage_manifest(others=lambda others: [*others, "config.json"]),
+    "a name twice": damage_manifest(others=lambda others: [*others, others[0]]),
 }
 
 
@@ -211,7 +234,7 @@ def test_interrupting_leaves_nothing(packed, tmp_path, monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_unpack_tensor", interrupt)
+    monkeypatch.setattr(module, "_unpack_tensors", interrupt)
     assert cli.main(["unpack", str(packed), str(tmp_path / "out")]) == 130
     assert list(tmp_path.iterdir()) == [] and "Interrupted" in capsys.readouterr().err
 
@@ -226,6 +249,11 @@ def test_what_cannot_be_packed_is_refused(tmp_path, capsys):
     assert "bytes of weights, now" in capsys.readouterr().out
     assert cli.main(["pack", str(tmp_path / "model"), str(tmp_path / "packed")]) == 2
     assert "is not an empty folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="name a folder elsewhere"):
+        pack(tmp_path / "model", tmp_path / "model" / "packed")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b'\x11\0\0\0\0\0\0\0{"a":{"shape":1}}')
+    with pytest.raises(ValueError, match="save the model again"):
+        pack(tmp_path / "model", tmp_path / "again")
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
         pack(tmp_path, tmp_path / "x")
     with pytest.raises(FileNotFoundError):

@@ -1,56 +1,46 @@
 """`pack` and `unpack`: a lossless archive of a sparse checkpoint, about as small as it can be.
 
-An archive is a folder. `archive.json` says which files there were, with the very bytes of their headers, and for each
-tensor its pieces and a checksum; `packed-*.safetensors` hold the compressed pieces; the config, the tokenizer and what
-else lay beside the weights are copied. No file has a name by which Transformers would take it for a model's weights.
+An archive is a folder. `archive.json` says which files there were, with the very bytes of the safetensors' headers, and
+for each tensor its pieces and a checksum; `packed-*.safetensors` hold the compressed pieces; the config, the tokenizer
+and what else lay beside the weights are copied. No file has a name by which Transformers would take it for a model's
+weights.
 """
 
 import base64
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..training.record import weight_files
 from .codec import PIECE, Piece, decode, encode
+from .stored import ShardReader, ShardWriter, StoredTensor, parse_header, read_header
 
 
 VERSION = 1
 MANIFEST = "archive.json"
-# Bytes per entry of safetensors' types, and whether the highest bit is a sign.
-_TYPES = {
-    **dict.fromkeys(("BOOL", "U8", "F8_E8M0"), (1, False)),
-    "I8": (1, False),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2"), (1, True)),
-    **dict.fromkeys(("I16", "U16"), (2, False)),
-    **dict.fromkeys(("F16", "BF16"), (2, True)),
-    **dict.fromkeys(("I32", "U32"), (4, False)),
-    "F32": (4, True),
-    **dict.fromkeys(("I64", "U64"), (8, False)),
-    "F64": (8, True),
-}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_SHARD_BYTES = 1 << 30
 _THREADS = max(1, min(4, os.cpu_count() or 1))
-_MAX_HEADER = 100_000_000  # as in safetensors
+_COPIED = 1 << 20  # bytes at a time
 
 
 def pack(model_dir: str | os.PathLike, out: str | os.PathLike) -> dict[str, int]:
-    """Pack a saved model into an archive.
+    """Pack a saved model into an archive: every file of the folder and of those in it, but a Trainer's `checkpoint-*`.
 
     Args:
-        model_dir (`str` or `os.PathLike`): Folder with safetensors, and config and tokenizer beside them.
+        model_dir (`str` or `os.PathLike`): Folder with safetensors, and config and tokenizer beside them. Links to
+            files, as in the hub's cache, count as these files.
         out (`str` or `os.PathLike`): Folder to write; must not exist or be empty.
 
     Returns:
@@ -58,7 +48,8 @@ def pack(model_dir: str | os.PathLike, out: str | os.PathLike) -> dict[str, int]
 
     Raises:
         FileNotFoundError: If there are no safetensors in the folder.
-        ValueError: If weights are pickled, a file is damaged, or `out` is not empty.
+        ValueError: If weights are pickled (no pickle is ever opened; of a Trainer's `training_args.bin` the bytes are
+            kept), a file is damaged or cannot be kept, or `out` is not empty.
 
     Example:
 
@@ -67,38 +58,35 @@ def pack(model_dir: str | os.PathLike, out: str | os.PathLike) -> dict[str, int]
     >>> unpack("outputs/sparse-packed", "outputs/sparse-again")
     ```
     """
-    folder, sources = Path(model_dir), weight_files(model_dir)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES and path.stem != "training_args")
-    if pickles:
-        raise ValueError(
-            f"{folder} holds pickled files ({', '.join(pickles)}), which are never read: save the model as safetensors,"
-            " and leave optimizer states out."
-        )
-    headers = [_read_header(path) for path in sources]
-    others = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and not path.is_symlink() and path not in sources and path.suffix not in _PICKLES
-    )
-    dense = sum(path.stat().st_size for path in sources)
-    with _written_whole(out) as target, ThreadPoolExecutor(_THREADS) as pool:
-        manifest: dict[str, Any] = {"version": VERSION, "files": [], "others": others}
-        shards = _ShardWriter(target)
-        with tqdm(total=dense, unit="B", unit_scale=True, desc="Packing") as progress:
-            for path, (header, tensors) in zip(sources, headers):
-                entry = {"name": path.name, "header": base64.b64encode(header).decode(), "tensors": []}
-                with open(path, "rb") as file:
-                    file.seek(len(header))
-                    for tensor in tensors:
-                        entry["tensors"].append(_pack_tensor(file, tensor, shards, pool))
-                        progress.update(tensor["bytes"])
-                manifest["files"].append(entry)
-        manifest["shards"] = shards.close()
-        for name in others:
-            shutil.copyfile(folder / name, target / name)
+    folder = Path(model_dir)
+    weight_files(folder)  # all there?
+    if Path(out).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{out} lies in {folder}, which shall be packed: name a folder elsewhere.")
+    names = _list_files(folder)
+    sources = [name for name in names if name.endswith(".safetensors")]
+    headers = [read_header(folder / name) for name in sources]
+    others = [name for name in names if name not in sources]
+    sizes = [(folder / name).stat().st_size for name in sources]
+    total = sum(sizes) + sum((folder / name).stat().st_size for name in others)
+    with (
+        _written_whole(out) as target,
+        ThreadPoolExecutor(_THREADS) as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="Packing") as progress,
+    ):
+        shards = ShardWriter(target)
+        files = []
+        for name, (header, tensors) in zip(sources, headers):
+            packed = _pack_tensors(folder / name, len(header), tensors, shards, pool, progress)
+            files.append({"name": name, "header": base64.b64encode(header).decode(), "tensors": packed})
+        content = {
+            "files": files,
+            "shards": shards.close(),
+            "others": [{"name": name, **_copy(folder / name, target / name, progress)} for name in others],
+        }
+        manifest = {"version": VERSION, "sha256": _digest(content), "content": content}
         (target / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-        packed = sum((target / name).stat().st_size for name in (*manifest["shards"], MANIFEST))
-    return {"dense_bytes": dense, "packed_bytes": packed}
+        packed_bytes = sum((target / name).stat().st_size for name in (*content["shards"], MANIFEST))
+    return {"dense_bytes": sum(sizes), "packed_bytes": packed_bytes}
 
 
 def unpack(archive: str | os.PathLike, out: str | os.PathLike) -> None:
@@ -117,223 +105,181 @@ def unpack(archive: str | os.PathLike, out: str | os.PathLike) -> None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["version"] != VERSION:
             raise ValueError(f"its version is {manifest['version']!r}, and only {VERSION} is known")
-        files = [(_safe(entry["name"]), *_checked_header(entry)) for entry in manifest["files"]]
-        names = [name for name, _, _ in files] + [_safe(name) for name in manifest["others"]]
+        content = manifest["content"]
+        if manifest["sha256"] != _digest(content):
+            raise ValueError(f"the checksum of {MANIFEST} is wrong")
+        headers = [base64.b64decode(entry["header"], validate=True) for entry in content["files"]]
+        tensors = [parse_header(header) for header in headers]
+        names = [_safe(entry["name"]) for entry in (*content["files"], *content["others"])]
         if len(set(names)) != len(names):
             raise ValueError("two files have the same name")
-        shards = [_regular(folder, name) for name in manifest["shards"]]
-        others = [_regular(folder, name) for name in manifest["others"]]
-        total = sum(len(header) + sum(tensor["bytes"] for tensor in tensors) for _, header, tensors in files)
+        shards = {name: _regular(folder, name) for name in content["shards"]}
+        others = [_regular(folder, entry["name"]) for entry in content["others"]]
+        total = sum(map(len, headers)) + sum(tensor.nbytes for file in tensors for tensor in file)
+        total += sum(path.stat().st_size for path in others)
         with _written_whole(out) as target, ThreadPoolExecutor(_THREADS) as pool:
             if total > shutil.disk_usage(target).free:
                 raise ValueError(f"it would take {total:,} bytes, more than there is room for")
-            with _ShardReader(shards) as reader, tqdm(total=total, unit="B", unit_scale=True, desc="Unpacking") as bar:
-                for (name, header, tensors), entry in zip(files, manifest["files"]):
-                    with open(target / name, "wb") as file:
-                        file.write(header)
-                        for tensor, packed in zip(tensors, entry["tensors"], strict=True):
-                            _unpack_tensor(file, tensor, packed, reader, pool)
-                            bar.update(tensor["bytes"])
-            for path in others:
-                shutil.copyfile(path, target / path.name)
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            with ShardReader(shards) as reader, tqdm(total=total, unit="B", unit_scale=True, desc="Unpacking") as bar:
+                for entry, header, stored in zip(content["files"], headers, tensors):
+                    path = target / entry["name"]
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(header)
+                    _unpack_tensors(path, stored, entry["tensors"], reader, pool, bar)
+                for entry, path in zip(content["others"], others):
+                    if _copy(path, target / entry["name"], bar) != {"sha256": entry["sha256"]}:
+                        raise ValueError(f"the checksum of {entry['name']} is wrong")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         said = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"The archive {folder} cannot be unpacked: {said}. Nothing was written.") from error
 
 
-def _read_header(path: Path) -> tuple[bytes, list[dict[str, Any]]]:
-    """A safetensors file's bytes before the data, and its tensors in the order in which they lie there."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > _MAX_HEADER:
-            raise ValueError(f"{path} is not a safetensors file.")
-        header = start + file.read(length)
-    try:
-        tensors = _parse_header(header)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    if path.stat().st_size != len(header) + sum(tensor["bytes"] for tensor in tensors):
-        raise ValueError(f"{path} is damaged: its header does not fit its length.")
-    return header, tensors
-
-
-def _parse_header(header: bytes) -> list[dict[str, Any]]:
-    """The tensors of a header, after a look whether they fill the data without gaps, in the types that there are."""
-    if len(header) < 8 or int.from_bytes(header[:8], "little") != len(header) - 8:
-        raise ValueError("a header is cut off")
-    content = json.loads(header[8:])
-    tensors = []
-    for name, entry in content.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _TYPES:
-            raise ValueError(f"{name} is of type {entry['dtype']!r}, which is not known")
-        size, is_float = _TYPES[entry["dtype"]]
-        count = 1
-        for length in entry["shape"]:
-            if not isinstance(length, int) or length < 0:
-                raise ValueError(f"{name} has the shape {entry['shape']}")
-            count *= length
-        begin, end = entry["data_offsets"]
-        if end - begin != count * size:
-            raise ValueError(f"{name} has {count} entries in {end - begin} bytes")
-        tensors.append(
-            {"name": name, "begin": begin, "bytes": end - begin, "count": count, "size": size, "is_float": is_float}
+def _list_files(folder: Path) -> list[str]:
+    """The files of a folder and of those in it, in a fixed order, after a look whether all can be kept."""
+    names = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")]
+        for name in folders + files:
+            path = Path(parent, name)
+            if path.is_symlink() and not path.is_file():
+                raise ValueError(f"{path} is a link to no file, which cannot be kept: replace or delete it.")
+            if path.is_dir():
+                continue
+            if not path.is_file():
+                raise ValueError(f"{path} is not an ordinary file and cannot be kept: delete it.")
+            names.append(_safe(path.relative_to(folder).as_posix()))
+    if MANIFEST in names:
+        raise ValueError(f"{folder} holds an {MANIFEST}: it is packed already, or the file needs another name.")
+    pickles = [name for name in names if name.endswith(_PICKLES) and not name.endswith("training_args.bin")]
+    if pickles:
+        raise ValueError(
+            f"{folder} holds pickled files ({', '.join(pickles)}), which are never read: save the model as safetensors,"
+            " and leave optimizer states out."
         )
-    tensors.sort(key=lambda tensor: (tensor["begin"], tensor["bytes"]))
-    position = 0
+    return sorted(names)
+
+
+def _pieces(tensor: StoredTensor) -> list[int]:
+    """Units in each piece; an empty tensor has a piece of none."""
+    return [min(PIECE, tensor.count - start) for start in range(0, max(1, tensor.count), PIECE)]
+
+
+def _pack_tensors(
+    path: Path,
+    start: int,
+    tensors: list[StoredTensor],
+    shards: ShardWriter,
+    pool: ThreadPoolExecutor,
+    progress: tqdm,
+) -> list[dict[str, Any]]:
+    """Write the pieces of a file's tensors into shards, and say where they are."""
+
+    def jobs() -> Iterator[tuple]:
+        with open(path, "rb") as file:
+            file.seek(start)
+            for tensor in tensors:
+                for count in _pieces(tensor):
+                    data = file.read(count * tensor.size)
+                    if len(data) != count * tensor.size:
+                        raise ValueError(f"{path} became shorter while it was read.")
+                    yield data, encode, data, tensor.size, tensor.is_float
+
+    progress.update(start)
+    packed = []
+    results = _in_order(pool, jobs())
     for tensor in tensors:
-        if tensor["begin"] != position:
-            raise ValueError(f"{tensor['name']} does not begin where the one before it ends")
-        position += tensor["bytes"]
-    return tensors
+        digest, pieces, blob = hashlib.sha256(), [], shards.begin(tensor.name)
+        for _, (data, piece) in zip(_pieces(tensor), results):
+            digest.update(data)
+            for part in piece.parts:
+                blob.write(part)
+            pieces.append([piece.nonzeros, *map(len, piece.parts)])
+            progress.update(len(data))
+        packed.append({**shards.end(), "pieces": pieces, "sha256": digest.hexdigest()})
+    return packed
 
 
-def _checked_header(entry: dict[str, Any]) -> tuple[bytes, list[dict[str, Any]]]:
-    header = base64.b64decode(entry["header"], validate=True)
-    return header, _parse_header(header)
-
-
-def _pieces(tensor: dict[str, Any]) -> list[int]:
-    """Entries of each piece."""
-    return [min(PIECE, tensor["count"] - start) for start in range(0, tensor["count"], PIECE)]
-
-
-def _pack_tensor(
-    file: BinaryIO, tensor: dict[str, Any], shards: "_ShardWriter", pool: ThreadPoolExecutor
-) -> dict[str, Any]:
-    digest, pieces, waiting = hashlib.blake2b(digest_size=16), [], deque()
-    blob = shards.begin(tensor["name"])
-
-    def finish(future) -> None:
-        piece = future.result()
-        pieces.append([piece.nonzeros, *map(len, piece.parts)])
-        for part in piece.parts:
-            blob.write(part)
-
-    for count in _pieces(tensor):
-        data = file.read(count * tensor["size"])
-        waiting.append(pool.submit(encode, data, tensor["size"], tensor["is_float"]))
-        digest.update(data)
-        if len(waiting) > _THREADS:
-            finish(waiting.popleft())
-    while waiting:
-        finish(waiting.popleft())
-    return {**shards.end(), "pieces": pieces, "blake2b": digest.hexdigest()}
-
-
-def _unpack_tensor(
-    file: BinaryIO, tensor: dict[str, Any], packed: dict[str, Any], reader: "_ShardReader", pool
+def _unpack_tensors(
+    path: Path,
+    tensors: list[StoredTensor],
+    packed: list[dict[str, Any]],
+    reader: ShardReader,
+    pool: ThreadPoolExecutor,
+    progress: tqdm,
 ) -> None:
-    counts, name = _pieces(tensor), tensor["name"]
-    if len(packed["pieces"]) != len(counts):
-        raise ValueError(f"{name} has {len(packed['pieces'])} pieces instead of {len(counts)}")
-    lengths = [length for piece in packed["pieces"] for length in piece[1:]]
-    if not all(isinstance(length, int) and length >= 0 for length in lengths):
-        raise ValueError(f"{name} has parts of no length")
-    blob = reader.get(packed["shard"], packed["key"])
-    if sum(lengths) != len(blob):
-        raise ValueError(f"{name} is {len(blob)} bytes long instead of {sum(lengths)}")
-    digest, waiting, position = hashlib.blake2b(digest_size=16), deque(), 0
+    """Append a file's tensors to its header."""
 
-    def finish(future) -> None:
-        data = future.result()
-        digest.update(data)
-        file.write(data)
+    def jobs() -> Iterator[tuple]:
+        for tensor, entry in zip(tensors, packed):
+            counts, lengths = _pieces(tensor), [length for piece in entry["pieces"] for length in piece[1:]]
+            if len(entry["pieces"]) != len(counts) or not all(type(n) is int and n >= 0 for n in lengths):
+                raise ValueError(f"the pieces of {tensor.name} are not {len(counts)} with lengths")
+            blob, position = reader.get(entry["shard"], entry["key"]), 0
+            if sum(lengths) != len(blob):
+                raise ValueError(f"{tensor.name} is {len(blob)} bytes long instead of {sum(lengths)}")
+            for count, (nonzeros, *parts) in zip(counts, entry["pieces"]):
+                cut = []
+                for length in parts:
+                    cut.append(blob[position : position + length])
+                    position += length
+                yield None, decode, Piece(nonzeros, cut), count, tensor.size, tensor.is_float
 
-    for count, (nonzeros, *parts) in zip(counts, packed["pieces"]):
-        cut = []
-        for length in parts:
-            cut.append(blob[position : position + length])
-            position += length
-        waiting.append(pool.submit(decode, Piece(nonzeros, cut), count, tensor["size"], tensor["is_float"]))
+    if len(packed) != len(tensors):
+        raise ValueError(f"{path.name} has {len(packed)} tensors instead of {len(tensors)}")
+    results = _in_order(pool, jobs())
+    with open(path, "ab") as file:
+        progress.update(file.tell())
+        for tensor, entry in zip(tensors, packed):
+            digest = hashlib.sha256()
+            for _, (_, data) in zip(_pieces(tensor), results):
+                digest.update(data)
+                file.write(data)
+                progress.update(len(data))
+            if digest.hexdigest() != entry["sha256"]:
+                raise ValueError(f"the checksum of {tensor.name} is wrong")
+
+
+def _in_order(pool: ThreadPoolExecutor, jobs: Iterable[tuple[Any, Callable, Any]]) -> Iterator[tuple[Any, Any]]:
+    """Run jobs `(label, function, *arguments)` in threads, few ahead; yields `(label, result)` in their order."""
+    waiting = deque()
+    for label, function, *arguments in jobs:
+        waiting.append((label, pool.submit(function, *arguments)))
         if len(waiting) > _THREADS:
-            finish(waiting.popleft())
-    while waiting:
-        finish(waiting.popleft())
-    if digest.hexdigest() != packed["blake2b"]:
-        raise ValueError(f"the checksum of {name} is wrong")
+            label, future = waiting.popleft()
+            yield label, future.result()
+    for label, future in waiting:
+        yield label, future.result()
 
 
-class _ShardWriter:
-    """Writes byte strings into safetensors files of about a gigabyte, one after the other."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._names: list[str] = []
-        self._data: BinaryIO | None = None
-        self._entries: dict[str, dict[str, Any]] = {}
-
-    def begin(self, name: str) -> BinaryIO:
-        """Where the bytes of a tensor go."""
-        if self._data is not None and self._data.tell() >= _SHARD_BYTES:
-            self._finish()
-        if self._data is None:
-            self._data = tempfile.TemporaryFile(dir=self._folder)
-            self._names.append(f"packed-{len(self._names) + 1:05d}.safetensors")
-        # The same tensor may lie in two files.
-        self._key = name if name not in self._entries else f"{name}#{len(self._entries)}"
-        self._start = self._data.tell()
-        return self._data
-
-    def end(self) -> dict[str, str]:
-        """Note that they are complete, and where they are."""
-        length = self._data.tell() - self._start
-        offsets = [self._start, self._data.tell()]
-        self._entries[self._key] = {"dtype": "U8", "shape": [length], "data_offsets": offsets}
-        return {"shard": self._names[-1], "key": self._key}
-
-    def close(self) -> list[str]:
-        """Finish the last file; the names of all."""
-        if self._data is not None:
-            self._finish()
-        return self._names
-
-    def _finish(self) -> None:
-        header = json.dumps(self._entries).encode()
-        header += b" " * (-len(header) % 8)
-        with open(self._folder / self._names[-1], "wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            self._data.seek(0)
-            shutil.copyfileobj(self._data, file, 1 << 20)
-        self._data.close()
-        self._data, self._entries = None, {}
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-class _ShardReader:
-    """Reads byte strings from safetensors files."""
-
-    def __init__(self, paths: list[Path]):
-        self._paths = {path.name: path for path in paths}
-
-    def __enter__(self):
-        self._files = {name: safe_open(path, framework="np") for name, path in self._paths.items()}
-        return self
-
-    def __exit__(self, *args):
-        self._files.clear()
-
-    def get(self, shard: str, key: str) -> memoryview:
-        tensor = self._files[shard].get_tensor(key)
-        if tensor.dtype != "uint8" or tensor.ndim != 1:
-            raise ValueError(f"{key} is not a string of bytes")
-        return memoryview(tensor)
+def _copy(source: Path, target: Path, progress: tqdm) -> dict[str, str]:
+    """Copy a file; its checksum."""
+    digest = hashlib.sha256()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb") as reading, open(target, "xb") as writing:
+        while data := reading.read(_COPIED):
+            digest.update(data)
+            writing.write(data)
+            progress.update(len(data))
+    return {"sha256": digest.hexdigest()}
 
 
 def _safe(name: Any) -> str:
-    """A file's name that cannot lead out of the folder."""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.+ -]+", name) or name.startswith("."):
-        raise ValueError(f"{name!r} is not a plain file name")
+    """A file's name, with `/` between folders, that cannot lead out of the folder on any system."""
+    if not isinstance(name, str) or set(name) & set("\\:\0") or {"", ".", ".."} & set(name.split("/")):
+        raise ValueError(f"{name!r} is not a name that can be kept: no \\, : or .. may be in it")
     return name
 
 
 def _regular(folder: Path, name: Any) -> Path:
     path = folder / _safe(name)
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ValueError(f"{path.name} is not an ordinary file")
+    if path.resolve() != folder.resolve() / name or (path.exists() and not path.is_file()):
+        raise ValueError(f"{name} is a link or not an ordinary file (`cp -rL` makes a copy without links)")
     if not path.exists():
-        raise FileNotFoundError(f"The archive {folder} lacks {path.name}. Nothing was written.")
+        raise FileNotFoundError(f"The archive {folder} lacks {name}. Nothing was written.")
     return path
 
 
@@ -341,14 +287,11 @@ def _regular(folder: Path, name: Any) -> Path:
 def _written_whole(out: str | os.PathLike) -> Iterator[Path]:
     """A folder aside that gets the name `out` when all went well, and is deleted otherwise."""
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ValueError(f"{out} exists and is not an empty folder: name another one")
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        yield aside
-        os.chmod(aside, 0o755)
-        os.replace(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
+        folder = Path(aside, "whole")  # one with ordinary permissions
+        folder.mkdir()
+        yield folder
+        os.replace(folder, out)

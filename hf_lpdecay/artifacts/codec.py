@@ -42,12 +42,12 @@ def encode(data: bytes | memoryview, size: int, is_float: bool) -> Piece:
     """
     words = np.frombuffer(data, _WORDS[size])
     mask = words != 0
-    nonzeros = int(np.count_nonzero(mask))
-    values = words if nonzeros == len(words) else words[mask]
+    places = np.flatnonzero(mask)  # a quarter of the time of a mask as an index
+    nonzeros, values = len(places), words[places]
     mask_part = b""
     if 0 < nonzeros < len(words):
         if _is_rare(nonzeros, len(words)):
-            mask_part = zstandard.ZstdCompressor(level=_PLANE_LEVEL).compress(_gaps(mask).tobytes())
+            mask_part = zstandard.ZstdCompressor(level=_PLANE_LEVEL).compress(_gaps(places).tobytes())
         else:
             mask_part = _compress(np.packbits(mask, bitorder="little").tobytes(), _MASK_LEVEL)
     if is_float:
@@ -88,9 +88,10 @@ def decode(piece: Piece, count: int, size: int, is_float: bool) -> bytes:
         return words.tobytes()
     packed = np.frombuffer(_decompress(piece.parts[0], -(-count // 8)), np.uint8)
     mask = np.unpackbits(packed, count=count, bitorder="little").view(bool)
-    if int(np.count_nonzero(mask)) != piece.nonzeros:
-        raise ValueError(f"the mask has {int(np.count_nonzero(mask))} bits set for {piece.nonzeros} values")
-    words[mask] = values
+    places = np.flatnonzero(mask)
+    if len(places) != piece.nonzeros:
+        raise ValueError(f"the mask has {len(places)} bits set for {piece.nonzeros} values")
+    words[places] = values
     return words.tobytes()
 
 
@@ -99,9 +100,9 @@ def _is_rare(nonzeros: int, count: int) -> bool:
     return nonzeros * 16 < count
 
 
-def _gaps(mask: np.ndarray) -> np.ndarray:
+def _gaps(places: np.ndarray) -> np.ndarray:
     """The zeros in front of each value, a byte for each; 255 stands for as many zeros, and the gap goes on."""
-    gaps = np.diff(np.flatnonzero(mask), prepend=-1) - 1
+    gaps = np.diff(places, prepend=-1) - 1
     longer = gaps // 255
     coded = np.full(len(gaps) + int(longer.sum()), 255, np.uint8)
     coded[np.cumsum(longer + 1) - 1] = gaps - 255 * longer
