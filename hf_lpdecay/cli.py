@@ -90,7 +90,7 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> Result:
-    """Count the exact zeros of a saved model, or compare two.
+    """Count the exact zeros of a saved model, or compare those of two in their linear layers.
 
     Reads the files tensor by tensor, without making the model.
     """
@@ -104,7 +104,9 @@ def _report(options: argparse.Namespace) -> Result:
 
 
 def _compare(base: str, folder: str, check: bool) -> Result:
-    changes = compare_zeros(base, folder)
+    # A new bias is zero too, and should learn: only the linear layers' weights count.
+    selected = {tensor.name for tensor in measure_checkpoint(base).tensors if tensor.selected}
+    changes = [change for change in compare_zeros(base, folder) if change.name in selected]
     rows = [change for change in changes if change.before or change.after]
     width = max([len(change.name) for change in rows] + [len("in total")])
     lines = [f"{'':<{width}}  {'zeros':>13}  {'lost':>13}  {'gained':>13}"]

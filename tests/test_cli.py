@@ -55,6 +55,12 @@ def test_two_reports_say_what_was_gained_and_lost(tmp_path, capsys):
     assert "1 zeros of" in capsys.readouterr().out
     assert cli.main(["report", str(tmp_path / "base"), "--against", str(tmp_path / "base")]) == 0
     assert "No zero of" in capsys.readouterr().out
+    bert = sparse(tiny_bert())
+    bert.save_pretrained(tmp_path / "bert")
+    bert.bert.encoder.layer[0].output.dense.bias.data.fill_(1.0)  # they begin at zero, and learn
+    bert.save_pretrained(tmp_path / "learned")
+    assert cli.main(["report", str(tmp_path / "learned"), "--against", str(tmp_path / "bert")]) == 0
+    capsys.readouterr()
     tiny_gpt2().save_pretrained(tmp_path / "other")
     assert cli.main(["report", str(tmp_path / "base"), str(tmp_path / "other")]) == 2
     assert "they are not the same model" in capsys.readouterr().err
