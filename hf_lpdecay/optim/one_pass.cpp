@@ -106,12 +106,7 @@ static void update(const Task& task, int64_t begin, int64_t end, float row, cons
             v += t.rest2 * (g * g - v);
             d = sqrtf(v) * t.bias + t.eps;
             w_hat = t.keep * w;
-            if (POST_STEP) {
-                w_hat -= t.step_size * (m / d);
-                d = 1.0f;
-            } else {
-                w_hat = w_hat * d - t.step_size * m;  // times d: one division by all there is to divide by
-            }
+            if (POST_STEP) w_hat -= t.step_size * (m / d);
         }
         float r = POST_STEP ? fabsf(w_hat) : size;
         if (FACTORS) r *= row * col[i - begin];
@@ -119,8 +114,14 @@ static void update(const Task& task, int64_t begin, int64_t end, float row, cons
         float numerator = NORM == 4 ? t.strength : NORM < 0 ? 1.0f : short_cut(r);
         float x = NORM == 4 ? 1.0f : NORM < 0 ? 1.0f + power_of(r, t.power, t.strength) : numerator + t.strength;
         bool due = r < t.threshold;
-        if (NORM >= 0) w_hat *= due ? numerator : 1.0f;
-        w_hat /= d * (due ? x : 1.0f);
+        float over = due ? x : 1.0f;
+        if (ALONE || POST_STEP) {
+            w_hat *= due ? numerator / x : 1.0f;
+        } else {  // one division for both quotients; nothing is rounded where there is nothing to do
+            float inverse = 1.0f / (d * over);
+            w_hat -= t.step_size * (m * (inverse * over));
+            w_hat *= due ? numerator * (NORM == 4 ? 1.0f : inverse * d) : 1.0f;
+        }
         bool zero = size <= t.frozen;
         if (FACTORS || POST_STEP) zero |= r <= t.absorbed;  // otherwise size is r, and frozen the larger of the two
         w_hat = zero ? 0.0f : w_hat;
