@@ -2,22 +2,21 @@
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .artifacts import pack, push_to_hub, shrink, unpack
+from .artifacts.archive import written_whole
 from .artifacts.zeros import compare_zeros
 from .evaluation import text_loss
-from .training.record import measure_checkpoint
+from .sparsity import match_parameters
+from .training.record import measure_checkpoint, meta_model, model_class
 
 
 EXAMPLES = """\
@@ -105,8 +104,7 @@ def _report(options: argparse.Namespace) -> Result:
 
 def _compare(base: str, folder: str, check: bool) -> Result:
     # A new bias is zero too, and should learn: only the linear layers' weights count.
-    selected = {tensor.name for tensor in measure_checkpoint(base).tensors if tensor.selected}
-    changes = [change for change in compare_zeros(base, folder) if change.name in selected]
+    changes = compare_zeros(base, folder, match_parameters(meta_model(base)))
     rows = [change for change in changes if change.before or change.after]
     width = max([len(change.name) for change in rows] + [len("in total")])
     lines = [f"{'':<{width}}  {'zeros':>13}  {'lost':>13}  {'gained':>13}"]
@@ -193,26 +191,16 @@ def _shrink(options: argparse.Namespace) -> Result:
 
     The result is a plain Transformers model; its outputs are checked to be the same.
     """
-    out = Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder: name another one.")
-    config = AutoConfig.from_pretrained(options.folder)
-    architecture = (config.architectures or ["no architecture"])[0]
-    if not hasattr(transformers, architecture):
-        raise ValueError(f"The config in {options.folder} names {architecture}, which Transformers does not have.")
-    model = getattr(transformers, architecture).from_pretrained(options.folder, dtype="auto")
-    smaller = shrink(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+    with written_whole(options.out) as folder:
+        cls, _ = model_class(options.folder)
+        model = cls.from_pretrained(options.folder, dtype="auto")
+        smaller = shrink(model)
         smaller.save_pretrained(folder)
         if (Path(options.folder) / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(options.folder).save_pretrained(folder)
-        os.chmod(folder, 0o755)
-        os.replace(folder, out)
-        Path(folder).mkdir()  # for the context manager to delete
     before, after = model.num_parameters(), smaller.num_parameters()
-    result = {"out": str(out), "parameters_before": before, "parameters_after": after}
-    return result, f"{before:,} parameters, now {after:,} ({after / before:.1%}), in {out}", False
+    result = {"out": options.out, "parameters_before": before, "parameters_after": after}
+    return result, f"{before:,} parameters, now {after:,} ({after / before:.1%}), in {options.out}", False
 
 
 def _push_options(parser: argparse.ArgumentParser) -> None:

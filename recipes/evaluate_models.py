@@ -30,6 +30,7 @@ from transformers import (
 
 from hf_lpdecay import measure_sparsity
 from hf_lpdecay.evaluation import lm_eval_scores, text_loss
+from hf_lpdecay.sparsity.plot import save_figure
 from hf_lpdecay.sparsity.report import write_text
 
 
@@ -191,9 +192,7 @@ def plot(results: list[dict], path: Path) -> None:
         axes.plot(result["sparsity"], scores(result)[name], "o", label=Path(result["model"]).name)
     axes.set(xlabel="sparsity of the linear layers", ylabel=name)
     axes.legend()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    save_figure(figure, path, dpi=150)
 
 
 if __name__ == "__main__":

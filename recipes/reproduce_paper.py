@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, set_seed
 
 from hf_lpdecay import LpDecayConfig, LpDecayTrainer, measure_sparsity
+from hf_lpdecay.sparsity.plot import save_figure
 from hf_lpdecay.sparsity.report import write_text
 
 
@@ -189,9 +190,7 @@ def plot(runs: list[dict], path: Path) -> None:
         axes.plot(*zip(*own), marker="o", label=f"p = {p:g}")
     axes.set(xlabel="sparsity of the linear layers", ylabel="validation loss")
     axes.legend()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    save_figure(figure, path, dpi=150)
 
 
 if __name__ == "__main__":

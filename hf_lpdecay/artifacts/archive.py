@@ -69,7 +69,7 @@ def pack(model_dir: str | os.PathLike, out: str | os.PathLike) -> dict[str, int]
     sizes = [(folder / name).stat().st_size for name in sources]
     total = sum(sizes) + sum((folder / name).stat().st_size for name in others)
     with (
-        _written_whole(out) as target,
+        written_whole(out) as target,
         ThreadPoolExecutor(_THREADS) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="Packing") as progress,
     ):
@@ -117,7 +117,7 @@ def unpack(archive: str | os.PathLike, out: str | os.PathLike) -> None:
         others = [_regular(folder, entry["name"]) for entry in content["others"]]
         total = sum(map(len, headers)) + sum(tensor.nbytes for file in tensors for tensor in file)
         total += sum(path.stat().st_size for path in others)
-        with _written_whole(out) as target, ThreadPoolExecutor(_THREADS) as pool:
+        with written_whole(out) as target, ThreadPoolExecutor(_THREADS) as pool:
             if total > shutil.disk_usage(target).free:
                 raise ValueError(f"it would take {total:,} bytes, more than there is room for")
             with ShardReader(shards) as reader, tqdm(total=total, unit="B", unit_scale=True, desc="Unpacking") as bar:
@@ -284,7 +284,7 @@ def _regular(folder: Path, name: Any) -> Path:
 
 
 @contextmanager
-def _written_whole(out: str | os.PathLike) -> Iterator[Path]:
+def written_whole(out: str | os.PathLike) -> Iterator[Path]:
     """A folder aside that gets the name `out` when all went well, and is deleted otherwise."""
     out = Path(out)
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):

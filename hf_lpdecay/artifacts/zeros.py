@@ -1,6 +1,7 @@
 """Two checkpoints side by side: which zeros were gained, which were lost."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from safetensors import safe_open
@@ -29,27 +30,30 @@ class ZeroChange:
     gained: int
 
 
-def compare_zeros(base: str | os.PathLike, folder: str | os.PathLike) -> list[ZeroChange]:
+def compare_zeros(base: str | os.PathLike, folder: str | os.PathLike, names: Collection[str]) -> list[ZeroChange]:
     """Compare the zeros of two saved models of the same shape, tensor by tensor.
 
     Args:
         base (`str` or `os.PathLike`): The first folder, with safetensors.
         folder (`str` or `os.PathLike`): The second one.
+        names (`Collection[str]`): Which tensors.
 
     Returns:
-        `list[ZeroChange]`: One per tensor of the first.
+        `list[ZeroChange]`: One for each of them.
 
     Raises:
         FileNotFoundError: If there are no safetensors in a folder.
-        ValueError: If the second one lacks a tensor, or has it in another shape.
+        ValueError: If one of them lacks a tensor, or they have it in different shapes.
     """
-    theirs = _places(base)
-    ours = _places(folder)
-    missing = sorted(theirs.keys() - ours.keys())
-    if missing:
-        raise ValueError(f"{folder} has no {', '.join(missing[:3])}, which {base} has: they are not the same model.")
+    theirs, ours = _places(base), _places(folder)
+    for places, here, there in ((theirs, base, folder), (ours, folder, base)):
+        missing = sorted(set(names) - places.keys())
+        if missing:
+            raise ValueError(
+                f"{here} has no {', '.join(missing[:3])} to compare with {there}: they are not the same model."
+            )
     changes = []
-    for name in tqdm(sorted(theirs), desc="Comparing zeros", leave=False):
+    for name in tqdm(sorted(names), desc="Comparing zeros", leave=False):
         with safe_open(theirs[name], framework="pt") as first, safe_open(ours[name], framework="pt") as second:
             a, b = first.get_tensor(name), second.get_tensor(name)
             if a.shape != b.shape:

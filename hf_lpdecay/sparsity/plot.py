@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .report import TensorSparsity
 
 
@@ -29,8 +31,13 @@ def plot_run(
         _draw_course(axes[1], steps)
     if title:
         figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: str | os.PathLike, dpi: int = 110) -> None:
+    """Write a figure into a PNG file whole or not at all: to a temporary name first, then renamed."""
     temporary = f"{os.fspath(path)}.tmp"
-    figure.savefig(temporary, format="png", dpi=110)
+    figure.savefig(temporary, format="png", dpi=dpi)
     os.replace(temporary, path)
 
 

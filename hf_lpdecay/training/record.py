@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import has_length
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -119,6 +119,27 @@ def measure_checkpoint(folder: str | os.PathLike) -> SparsityReport:
         OSError: If config.json or safetensors are missing.
         ValueError: If the config names no architecture that Transformers has.
     """
+    return measure_folder(meta_model(folder), folder)
+
+
+def meta_model(folder: str | os.PathLike) -> PreTrainedModel:
+    """A saved model without its weights, for the names and shapes of its parameters.
+
+    Raises:
+        OSError, ValueError: See [`model_class`].
+    """
+    cls, config = model_class(folder)
+    with torch.device("meta"):
+        return cls(config)
+
+
+def model_class(folder: str | os.PathLike) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class of a saved model, and its config.
+
+    Raises:
+        OSError: If config.json is missing.
+        ValueError: If the config names no architecture that Transformers has.
+    """
     config = AutoConfig.from_pretrained(folder)
     name = (config.architectures or ["no architecture"])[0]
     if not hasattr(transformers, name):
@@ -126,9 +147,7 @@ def measure_checkpoint(folder: str | os.PathLike) -> SparsityReport:
             f"The config in {folder} names {name}, and Transformers has no such class to tell which layers are linear:"
             " load the model with its own code, and use measure_sparsity(model)."
         )
-    with torch.device("meta"):
-        model = getattr(transformers, name)(config)
-    return measure_folder(model, folder)
+    return getattr(transformers, name), config
 
 
 def stored_tensors(folder: str | os.PathLike) -> Iterator[TensorSparsity]:

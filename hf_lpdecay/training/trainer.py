@@ -43,7 +43,7 @@ class LpDecayMixin(WholeCheckpointsMixin):
 
     Raises:
         ValueError: If nothing can be selected, if the ramp is too short, or if the arguments ask for another optimizer,
-            FSDP or DeepSpeed.
+            FSDP1 or DeepSpeed.
         FloatingPointError: In training, if the loss or the gradient is not finite.
     """
 

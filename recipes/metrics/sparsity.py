@@ -5,9 +5,8 @@
 
 import datasets
 import evaluate
-import transformers
 
-import hf_lpdecay
+from hf_lpdecay.training import record
 
 
 class Sparsity(evaluate.Measurement):
@@ -22,10 +21,7 @@ class Sparsity(evaluate.Measurement):
         )
 
     def _compute(self, data):
-        reports = []
-        for folder in data:
-            (name,) = transformers.AutoConfig.from_pretrained(folder).architectures
-            reports.append(hf_lpdecay.measure_sparsity(getattr(transformers, name).from_pretrained(folder)))
+        reports = [record.measure_checkpoint(folder) for folder in data]
         return {
             "sparsity": [report.sparsity for report in reports],
             "model_sparsity": [report.model_sparsity for report in reports],
