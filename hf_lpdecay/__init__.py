@@ -1,11 +1,25 @@
 """Train Transformers models sparse with the decoupled p-norm weight decay of arXiv 2404.10824."""
 
-from .artifacts import pack, push_to_hub, shrink, to_semi_structured, trim_rank, unpack
-from .config import LpDecayConfig
-from .optim import LpAdamW, LpDecay
-from .sparsity import SparsityReport, measure_sparsity
-from .training import LpDecayMixin, LpDecaySeq2SeqTrainer, LpDecayTrainer, SparsityCallback, merge_sparse
+from typing import TYPE_CHECKING
 
+from ._lazy import attach
+
+
+if TYPE_CHECKING:
+    from .artifacts import pack, push_to_hub, shrink, to_semi_structured, trim_rank, unpack
+    from .config import LpDecayConfig
+    from .optim import LpAdamW, LpDecay
+    from .sparsity import SparsityReport, measure_sparsity
+    from .training import LpDecayMixin, LpDecaySeq2SeqTrainer, LpDecayTrainer, SparsityCallback, merge_sparse
+
+_MODULES = {
+    "artifacts": ("pack", "push_to_hub", "shrink", "to_semi_structured", "trim_rank", "unpack"),
+    "config": ("LpDecayConfig",),
+    "optim": ("LpAdamW", "LpDecay"),
+    "sparsity": ("SparsityReport", "measure_sparsity"),
+    "training": ("LpDecayMixin", "LpDecaySeq2SeqTrainer", "LpDecayTrainer", "SparsityCallback", "merge_sparse"),
+}
+__getattr__, __dir__ = attach(__name__, _MODULES)
 
 __all__ = [
     "LpAdamW",

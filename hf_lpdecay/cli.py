@@ -8,15 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .artifacts import pack, push_to_hub, shrink, unpack
-from .artifacts.archive import written_whole
-from .artifacts.zeros import compare_zeros
-from .evaluation import text_loss
-from .sparsity import match_parameters
-from .training.record import measure_checkpoint, meta_model, model_class
+# What a command needs it imports itself: the help would have to wait for all of it.
 
 
 EXAMPLES = """\
@@ -89,10 +82,12 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> Result:
-    """Count the exact zeros of a saved model, or compare those of two in their linear layers.
+    """Count the exact zeros of a saved model, or compare those of two in their selected weights.
 
     Reads the files tensor by tensor, without making the model.
     """
+    from .sparsity.checkpoint import measure_checkpoint
+
     if options.other and options.against:
         raise ValueError("Give either a second folder or --against, not both.")
     if options.other or options.against:
@@ -103,8 +98,11 @@ def _report(options: argparse.Namespace) -> Result:
 
 
 def _compare(base: str, folder: str, check: bool) -> Result:
-    # A new bias is zero too, and should learn: only the linear layers' weights count.
-    changes = compare_zeros(base, folder, match_parameters(meta_model(base)))
+    from .sparsity.checkpoint import selected_names
+    from .sparsity.zeros import compare_zeros
+
+    # A new bias is zero too, and should learn: only the selected weights count.
+    changes = compare_zeros(base, folder, selected_names(base))
     rows = [change for change in changes if change.before or change.after]
     width = max([len(change.name) for change in rows] + [len("in total")])
     lines = [f"{'':<{width}}  {'zeros':>13}  {'lost':>13}  {'gained':>13}"]
@@ -133,6 +131,11 @@ def _eval(options: argparse.Namespace) -> Result:
 
     In float32, with a 95 % interval from drawing windows anew.
     """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .evaluation import text_loss
+
     text = Path(options.file).read_text(encoding="utf-8")
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
     if torch.accelerator.is_available():
@@ -161,6 +164,8 @@ def _pack(options: argparse.Namespace) -> Result:
 
     A bit mask and the compressed non-zero values of each tensor, with a checksum.
     """
+    from .artifacts import pack
+
     result = pack(options.folder, options.out)
     dense, packed = result["dense_bytes"], result["packed_bytes"]
     text = f"{dense:,} bytes of weights, now {packed:,} ({packed / dense:.1%}), in {options.out}"
@@ -177,6 +182,8 @@ def _unpack(options: argparse.Namespace) -> Result:
 
     Checksums are checked; of a damaged archive nothing is written.
     """
+    from .artifacts import unpack
+
     unpack(options.archive, options.out)
     return {"out": options.out}, f"unpacked to {options.out}", False
 
@@ -191,6 +198,12 @@ def _shrink(options: argparse.Namespace) -> Result:
 
     The result is a plain Transformers model; its outputs are checked to be the same.
     """
+    from transformers import AutoTokenizer
+
+    from .artifacts import shrink
+    from .artifacts.archive import written_whole
+    from .sparsity.checkpoint import model_class
+
     with written_whole(options.out) as folder:
         cls, _ = model_class(options.folder)
         model = cls.from_pretrained(options.folder, dtype="auto")
@@ -216,6 +229,8 @@ def _push(options: argparse.Namespace) -> Result:
 
     The token comes from the environment (HF_TOKEN) or from `hf auth login`.
     """
+    from .artifacts import push_to_hub
+
     push = push_to_hub(
         options.folder,
         options.repo_id,

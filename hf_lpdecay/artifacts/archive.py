@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..training.record import weight_files
+from ..sparsity.checkpoint import weight_files
 from .codec import PIECE, Piece, decode, encode
 from .stored import ShardReader, ShardWriter, StoredTensor, parse_header, read_header
 

@@ -15,8 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx, validate_repo_id
 from transformers.utils import CONFIG_NAME, logging
 
-from ..sparsity.report import write_text
-from ..training.record import RECORD_FILE, measure_checkpoint, stored_tensors, weight_files
+from ..sparsity.checkpoint import measure_checkpoint, stored_tensors, weight_files
+from ..sparsity.report import RECORD_FILE, write_text
 from .card import CARD_FILE, is_hand_written, make_card, read_record, write_card
 
 

@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from ..config import LpDecayConfig
 from ..sparsity import SparsityReport
+from ..sparsity.checkpoint import weight_files
 from ..sparsity.report import TensorSparsity
-from ..training.record import weight_files
 from .markdown import code, plain, table
 
 

@@ -1,13 +1,31 @@
 """What is sparse, and what should be: selection, the plan of a run, measurement."""
 
-from .activations import ActivationStatistics
-from .calibration import calibrate
-from .controller import SparsityController
-from .report import SparsityReport, measure_sparsity
-from .schedule import PlainSchedule, Ramp
-from .selection import input_dims, match_parameters, participants, select_parameters, selected_units
-from .units import Units, find_units
+from typing import TYPE_CHECKING
 
+from .._lazy import attach
+
+
+if TYPE_CHECKING:
+    from .activations import ActivationStatistics
+    from .calibration import calibrate
+    from .checkpoint import measure_checkpoint, measure_folder
+    from .controller import SparsityController
+    from .report import SparsityReport, measure_sparsity
+    from .schedule import PlainSchedule, Ramp
+    from .selection import input_dims, match_parameters, participants, select_parameters, selected_units
+    from .units import Units, find_units
+
+_MODULES = {
+    "activations": ("ActivationStatistics",),
+    "calibration": ("calibrate",),
+    "checkpoint": ("measure_checkpoint", "measure_folder"),
+    "controller": ("SparsityController",),
+    "report": ("SparsityReport", "measure_sparsity"),
+    "schedule": ("PlainSchedule", "Ramp"),
+    "selection": ("input_dims", "match_parameters", "participants", "select_parameters", "selected_units"),
+    "units": ("Units", "find_units"),
+}
+__getattr__, __dir__ = attach(__name__, _MODULES)
 
 __all__ = [
     "ActivationStatistics",
@@ -20,6 +38,8 @@ __all__ = [
     "find_units",
     "input_dims",
     "match_parameters",
+    "measure_checkpoint",
+    "measure_folder",
     "measure_sparsity",
     "participants",
     "select_parameters",

@@ -5,12 +5,28 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .selection import Modules, match_parameters
+
+if TYPE_CHECKING:
+    from .selection import Modules
+
+# Where a saved model keeps its report.
+RECORD_FILE = "sparsity.json"
+
+# Integers as long as the floating point numbers whose highest bit is the sign and whose zeros have no other bit set.
+_BITS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+# Entries that are counted at a time, so that the scratch stays in the cache.
+_PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,7 @@ class SparsityReport:
 
 @torch.no_grad()
 def measure_sparsity(
-    model: nn.Module, target_modules: Modules = "all-linear", exclude_modules: Modules = None
+    model: nn.Module, target_modules: "Modules" = "all-linear", exclude_modules: "Modules" = None
 ) -> SparsityReport:
     """Count the exact zeros of a model.
 
@@ -149,6 +165,8 @@ def measure_sparsity(
     >>> print(measure_sparsity(model).table(by="module"))
     ```
     """
+    from .selection import match_parameters  # which imports Transformers' models
+
     selected = match_parameters(model, target_modules, exclude_modules)
     return SparsityReport(
         [
@@ -156,12 +174,29 @@ def measure_sparsity(
                 name=name,
                 shape=list(param.shape),
                 numel=param.numel(),
-                zeros=param.numel() - int(param.count_nonzero()),
+                zeros=param.numel() - int(count_nonzero(param)),
                 selected=name in selected,
             )
             for name, param in model.named_parameters()
         ]
     )
+
+
+def count_nonzero(tensor: Tensor) -> Tensor:
+    """`tensor.count_nonzero()`, which on a CPU branches at every entry and is several times slower than reading them.
+
+    Args:
+        tensor (`torch.Tensor`): Any tensor.
+
+    Returns:
+        `torch.Tensor`: A scalar of dtype int64, on the tensor's device. Negative zero is zero.
+    """
+    # A subclass, such as a DTensor, knows best.
+    if type(tensor.detach()) is not Tensor or tensor.device.type != "cpu" or tensor.dtype not in _BITS:
+        return tensor.count_nonzero()
+    bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.dtype]).numpy()
+    counts = (np.count_nonzero(bits[i : i + _PIECE] << 1) for i in range(0, bits.size, _PIECE))
+    return torch.tensor(sum(counts), dtype=torch.int64)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

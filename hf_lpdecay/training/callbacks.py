@@ -27,6 +27,7 @@ from ..sparsity import (
     participants,
     selected_units,
 )
+from ..sparsity.report import count_nonzero
 from ..sparsity.schedule import DECAY, DENSE, SETTLE
 from ..sparsity.sharding import whole
 
@@ -191,7 +192,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
     @torch.no_grad()
     def sparsity(self) -> float:
         """Exact zeros in the selected weights, as a fraction of them."""
-        nonzeros = torch.stack([whole(param.count_nonzero()) for param in self._params.values()]).sum().item()
+        nonzeros = torch.stack([whole(count_nonzero(param)) for param in self._params.values()]).sum().item()
         return 1.0 - nonzeros / sum(param.numel() for param in self._params.values())
 
     def _drive(self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer, batches) -> None:

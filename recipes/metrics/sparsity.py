@@ -6,7 +6,7 @@
 import datasets
 import evaluate
 
-from hf_lpdecay.training import record
+from hf_lpdecay.sparsity import measure_checkpoint
 
 
 class Sparsity(evaluate.Measurement):
@@ -21,7 +21,7 @@ class Sparsity(evaluate.Measurement):
         )
 
     def _compute(self, data):
-        reports = [record.measure_checkpoint(folder) for folder in data]
+        reports = [measure_checkpoint(folder) for folder in data]
         return {
             "sparsity": [report.sparsity for report in reports],
             "model_sparsity": [report.model_sparsity for report in reports],

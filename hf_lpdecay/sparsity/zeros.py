@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
-from ..training.record import weight_files
+from .checkpoint import weight_files
 
 
 @dataclass(frozen=True)
