@@ -6,14 +6,14 @@ from ._lazy import attach
 
 
 if TYPE_CHECKING:
-    from .artifacts import pack, push_to_hub, shrink, to_semi_structured, trim_rank, unpack
+    from .artifacts import pack, push_to_hub, shrink, to_semi_structured, to_sparse_csr, trim_rank, unpack
     from .config import LpDecayConfig
     from .optim import LpAdamW, LpDecay
     from .sparsity import SparsityReport, measure_sparsity
     from .training import LpDecayMixin, LpDecaySeq2SeqTrainer, LpDecayTrainer, SparsityCallback, merge_sparse
 
 _MODULES = {
-    "artifacts": ("pack", "push_to_hub", "shrink", "to_semi_structured", "trim_rank", "unpack"),
+    "artifacts": ("pack", "push_to_hub", "shrink", "to_semi_structured", "to_sparse_csr", "trim_rank", "unpack"),
     "config": ("LpDecayConfig",),
     "optim": ("LpAdamW", "LpDecay"),
     "sparsity": ("SparsityReport", "measure_sparsity"),
@@ -36,6 +36,7 @@ __all__ = [
     "push_to_hub",
     "shrink",
     "to_semi_structured",
+    "to_sparse_csr",
     "trim_rank",
     "unpack",
 ]

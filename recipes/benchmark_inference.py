@@ -1,6 +1,7 @@
 """How fast and how large models are for inference, side by side in one run.
 
     python recipes/benchmark_inference.py outputs/dense outputs/dense-shrunk
+    python recipes/benchmark_inference.py outputs/sparse-98 --csr outputs/sparse-98
 
 Each model lives in a process of its own (so that its memory is its own) and is timed in turns with the others.
 """
@@ -19,12 +20,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
+from hf_lpdecay import to_sparse_csr
 from hf_lpdecay.sparsity.report import write_text
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="Folders of causal language models; the first is the reference.")
+    parser.add_argument("--csr", nargs="+", default=[], help="Folders to run with to_sparse_csr, beside the others.")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="Of the weights.")
     parser.add_argument("--prompt_tokens", type=int, default=256, help="Length of the prompt (default: 256).")
     parser.add_argument("--new_tokens", type=int, default=64, help="Tokens to generate (default: 64).")
@@ -32,11 +35,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads.")
     parser.add_argument("--results_file", default="outputs/benchmark_inference.json", help="JSON file to write.")
     options = parser.parse_args(argv)
-    for folder in options.models:
+    for folder in (*options.models, *options.csr):
         if not (Path(folder) / "config.json").is_file():
             print(f"benchmark_inference.py: error: {folder!r} has no config.json.", file=sys.stderr)
             return 2
-    results = measure(options)
+    try:
+        results = measure(options)
+    except EOFError:
+        print("benchmark_inference.py: error: a model could not be run; its process said why.", file=sys.stderr)
+        return 2
     Path(options.results_file).parent.mkdir(parents=True, exist_ok=True)
     facts = {"options": vars(options), "torch": torch.__version__, "python": platform.python_version()}
     write_text(options.results_file, json.dumps({**facts, "models": results}, indent=2) + "\n")
@@ -49,12 +56,17 @@ def measure(options: argparse.Namespace) -> list[dict]:
     context = multiprocessing.get_context("spawn")
     workers, results = [], []
     try:
-        for folder in options.models:
+        for folder, csr in (
+            *((folder, False) for folder in options.models),
+            *((folder, True) for folder in options.csr),
+        ):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, folder, vars(options)), daemon=True)
+            process = context.Process(target=serve, args=(theirs, folder, csr, vars(options)), daemon=True)
             process.start()
+            theirs.close()  # so that a process that stops is noticed
             workers.append((process, ours))
-            results.append({"model": folder, **ours.recv(), "prefill_seconds": [], "generate_seconds": []})
+            name = f"{folder} (CSR)" if csr else folder
+            results.append({"model": name, **ours.recv(), "prefill_seconds": [], "generate_seconds": []})
         for turn in tqdm(range(options.repeats + 1), desc="Rounds"):
             for (_, connection), result in zip(workers, results):
                 connection.send("run")
@@ -75,11 +87,13 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
 
 @torch.inference_mode()
-def serve(connection, folder: str, options: dict) -> None:
+def serve(connection, folder: str, csr: bool, options: dict) -> None:
     """In a process of its own: load a model, and time a prompt and a generation whenever asked."""
     torch.set_num_threads(options["threads"])
     before = psutil.Process().memory_info().rss
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options["dtype"])).eval()
+    if csr:
+        to_sparse_csr(model)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (1, options["prompt_tokens"]), generator=generator)
     model(prompt)

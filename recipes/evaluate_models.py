@@ -136,6 +136,7 @@ def latency_options(folders: list[str], options: argparse.Namespace) -> argparse
     """What the inference benchmark takes."""
     return argparse.Namespace(
         models=folders,
+        csr=[],
         dtype=options.dtype,
         prompt_tokens=options.context_length,
         new_tokens=64,

@@ -56,11 +56,10 @@ def tiny_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**options, **overrides}))
 
 
-def tiny_gpt2() -> GPT2LMHeadModel:
+def tiny_gpt2(**overrides) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
-    )
+    options = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, **{**options, **overrides}))
 
 
 def tiny_bert(vocab_size: int = VOCAB) -> BertForSequenceClassification:

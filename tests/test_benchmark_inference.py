@@ -4,6 +4,7 @@ import json
 
 import benchmark_inference
 from conftest import tiny_llama
+from test_csr import very_sparse
 from test_shrink import with_dead
 
 from hf_lpdecay import shrink
@@ -25,3 +26,16 @@ def test_models_side_by_side(tmp_path, capsys):
     assert rows[2].startswith("| before |") and rows[3].startswith("| after |")
     assert benchmark_inference.main([str(tmp_path), *flags]) == 2
     assert "has no config.json" in capsys.readouterr().err
+
+
+def test_sparse_rows_beside_the_dense_layers(tmp_path, capsys):
+    very_sparse(tiny_llama(hidden_size=256, intermediate_size=2048)).save_pretrained(tmp_path / "sparse")
+    flags = ["--prompt_tokens", "4", "--new_tokens", "2", "--repeats", "1", "--threads", "1"]
+    flags += ["--results_file", str(tmp_path / "results.json"), "--csr", str(tmp_path / "sparse")]
+    assert benchmark_inference.main([str(tmp_path / "sparse"), *flags]) == 0
+    dense, csr = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert csr["model"] == f"{dense['model']} (CSR)" and len(csr["generate_seconds"]) == 1
+    assert csr["memory_bytes"] > 0 and "| sparse (CSR) |" in capsys.readouterr().out
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    assert benchmark_inference.main([str(tmp_path / "sparse"), *flags[:-1], str(tmp_path / "dense")]) == 2
+    assert "a model could not be run" in capsys.readouterr().err
