@@ -18,15 +18,22 @@ from pathlib import Path
 import psutil
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_lpdecay import to_sparse_csr
 from hf_lpdecay.sparsity.report import write_text
 
 
+AUTO_CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "text-classification": AutoModelForSequenceClassification,
+}
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="Folders of causal language models; the first is the reference.")
+    parser.add_argument("models", nargs="+", help="Folders of models; the first is the reference.")
+    parser.add_argument("--task", default="causal-lm", choices=tuple(AUTO_CLASSES), help="Default: causal-lm.")
     parser.add_argument("--csr", nargs="+", default=[], help="Folders to run with to_sparse_csr, beside the others.")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="Of the weights.")
     parser.add_argument("--prompt_tokens", type=int, default=256, help="Length of the prompt (default: 256).")
@@ -66,21 +73,21 @@ def measure(options: argparse.Namespace) -> list[dict]:
             theirs.close()  # so that a process that stops is noticed
             workers.append((process, ours))
             name = f"{folder} (CSR)" if csr else folder
-            results.append({"model": name, **ours.recv(), "prefill_seconds": [], "generate_seconds": []})
+            results.append({"model": name, **ours.recv()})
         for turn in tqdm(range(options.repeats + 1), desc="Rounds"):
             for (_, connection), result in zip(workers, results):
                 connection.send("run")
-                prefill, generate = connection.recv()
-                if turn:  # the first one warms up
-                    result["prefill_seconds"].append(prefill)
-                    result["generate_seconds"].append(generate)
+                for name, seconds in connection.recv().items():
+                    if turn:  # the first one warms up
+                        result.setdefault(f"{name}_seconds", []).append(seconds)
     finally:
         for process, _ in workers:
             process.terminate()
     for result in results:
-        result["prefill_tokens_per_second"] = options.prompt_tokens / statistics.median(result["prefill_seconds"])
-        result["generate_tokens_per_second"] = options.new_tokens / statistics.median(result["generate_seconds"])
-        for name in ("prefill", "generate"):
+        for name, tokens in (("prefill", options.prompt_tokens), ("generate", options.new_tokens)):
+            if f"{name}_seconds" not in result:
+                continue
+            result[f"{name}_tokens_per_second"] = tokens / statistics.median(result[f"{name}_seconds"])
             pairs = zip(results[0][f"{name}_seconds"], result[f"{name}_seconds"])
             result[f"{name}_speedups"] = sorted(reference / own for reference, own in pairs)
     return results
@@ -88,10 +95,10 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
 @torch.inference_mode()
 def serve(connection, folder: str, csr: bool, options: dict) -> None:
-    """In a process of its own: load a model, and time a prompt and a generation whenever asked."""
+    """In a process of its own: load a model, and time a prompt (and a generation) whenever asked."""
     torch.set_num_threads(options["threads"])
     before = psutil.Process().memory_info().rss
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options["dtype"])).eval()
+    model = AUTO_CLASSES[options["task"]].from_pretrained(folder, dtype=getattr(torch, options["dtype"])).eval()
     if csr:
         to_sparse_csr(model)
     generator = torch.Generator().manual_seed(0)
@@ -109,21 +116,25 @@ def serve(connection, folder: str, csr: bool, options: dict) -> None:
         started = time.perf_counter()
         model(prompt)
         between = time.perf_counter()
-        model.generate(prompt[:, :8], attention_mask=torch.ones_like(prompt[:, :8]), do_sample=False, **length)
-        connection.send((between - started, time.perf_counter() - between))
+        seconds = {"prefill": between - started}
+        if model.can_generate():
+            model.generate(prompt[:, :8], attention_mask=torch.ones_like(prompt[:, :8]), do_sample=False, **length)
+            seconds["generate"] = time.perf_counter() - between
+        connection.send(seconds)
 
 
 def table(results: list[dict]) -> str:
     """One row per model; speed as a ratio to the first one of the same round, median and spread."""
-    lines = [
-        "| model | parameters | file, MB | memory, MB | prefill, tokens/s | against the first | generation, tokens/s |"
-        " against the first |",
-        "| --- " * 8 + "|",
-    ]
+    timed = {"prefill": "prefill, tokens/s", "generate": "generation, tokens/s"}
+    timed = {name: title for name, title in timed.items() if f"{name}_seconds" in results[0]}
+    titles = ["model", "parameters", "file, MB", "memory, MB"]
+    for title in timed.values():
+        titles += [title, "against the first"]
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for result in results:
         cells = [Path(result["model"]).name, f"{result['parameters']:,}"]
         cells += [f"{result[name] / 1e6:.0f}" for name in ("file_bytes", "memory_bytes")]
-        for name in ("prefill", "generate"):
+        for name in timed:
             ratios = result[f"{name}_speedups"]
             cells.append(f"{result[f'{name}_tokens_per_second']:.4g}")
             cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})")

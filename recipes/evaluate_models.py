@@ -32,6 +32,7 @@ from hf_lpdecay import measure_sparsity
 from hf_lpdecay.evaluation import lm_eval_scores, text_loss
 from hf_lpdecay.sparsity.plot import save_figure
 from hf_lpdecay.sparsity.report import write_text
+from hf_lpdecay.training.record import update_record
 
 
 METRICS = Path(__file__).parent / "metrics"
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
     try:
         if options.file is not None and not Path(options.file).is_file():
             raise FileNotFoundError(f"file={options.file!r}: there is no such file.")
+        if options.first_is and not all(Path(name).is_dir() for name in options.models[1:]):
+            raise FileNotFoundError(f"first_is={options.first_is!r}: all models but the first must be local folders.")
         with state.local_main_process_first():
             folders = [resolve_model(name) for name in options.models]
         for name, folder in zip(options.models, folders):
@@ -61,6 +64,9 @@ def main(argv: list[str]) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"options": vars(options), "models": results}, indent=2) + "\n")
         plot(results, path.with_suffix(".png"))
+        if options.first_is:
+            for folder, result in zip(folders[1:], results[1:]):
+                update_record(folder, **card_facts(result, results[0], options))
         print(f"\n{table(results)}\n\nwritten to {path} and {path.with_suffix('.png')}")
     return 0
 
@@ -82,13 +88,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=[], help="Tasks of lm-eval, by name.")
     parser.add_argument("--include_path", help="Folder with YAML files of lm-eval tasks; needs no hub.")
     parser.add_argument("--limit", type=int, help="Documents per lm-eval task at most.")
-    parser.add_argument("--latency", action="store_true", help="Time prompts and generation too.")
+    parser.add_argument("--latency", action="store_true", help="Time inputs of that length, and generation, too.")
+    parser.add_argument(
+        "--first_is",
+        choices=("before", "dense"),
+        help="What the first model is to the others: they, before their training, or trained alike and dense. The"
+        " results then go into the others' sparsity.json, which their model cards are made from.",
+    )
     parser.add_argument("--results_file", default="outputs/evaluation.json", help="JSON file; a PNG goes beside it.")
     options = parser.parse_args(argv)
     if not (options.file or options.tasks or options.latency):
         parser.error("nothing to evaluate: give --file, --tasks or --latency")
-    if options.task == "text-classification" and (options.tasks or options.latency or not options.file):
-        parser.error("a text classifier is evaluated on a labelled --file, without --tasks and --latency")
+    if options.task == "text-classification" and (options.tasks or not options.file):
+        parser.error("a text classifier is evaluated on a labelled --file, without --tasks")
     return options
 
 
@@ -136,6 +148,7 @@ def latency_options(folders: list[str], options: argparse.Namespace) -> argparse
     """What the inference benchmark takes."""
     return argparse.Namespace(
         models=folders,
+        task=options.task,
         csr=[],
         dtype=options.dtype,
         prompt_tokens=options.context_length,
@@ -145,6 +158,20 @@ def latency_options(folders: list[str], options: argparse.Namespace) -> argparse
     )
 
 
+def card_facts(result: dict, first: dict, options: argparse.Namespace) -> dict[str, dict]:
+    """What a model's card takes from an evaluation."""
+    facts = {"results": {}, "lm_eval": {}, "evaluated_on": {}}
+    for when, found in (("after", result), (options.first_is, first)):
+        metrics = {name: found[name] for name in ("perplexity", "word_perplexity", "accuracy") if name in found}
+        facts["results"] |= {when: metrics} if metrics else {}
+        facts["lm_eval"] |= {when: found["lm_eval"]} if "lm_eval" in found else {}
+    if options.file:
+        size = result["windows"] if "windows" in result else result["examples"]
+        facts["evaluated_on"] = {"name": Path(options.file).name, "examples": size, "dtype": result["dtype"]}
+        facts["evaluated_on"]["block_size"] = options.context_length
+    return {name: value for name, value in facts.items() if value}
+
+
 def scores(result: dict) -> dict[str, float]:
     """The headline numbers of a model: perplexity or accuracy, and one per lm-eval task."""
     found = {name: result[name] for name in ("perplexity", "word_perplexity", "accuracy") if name in result}
@@ -152,7 +179,9 @@ def scores(result: dict) -> dict[str, float]:
         name = next(name for name in ("acc_norm,none", "acc,none", *metrics) if isinstance(metrics.get(name), float))
         found[f"{task} {name.split(',')[0]}"] = metrics[name]
     if "inference" in result:
-        found["generation, tokens/s"] = result["inference"]["generate_tokens_per_second"]
+        for name, title in (("prefill", "prompt"), ("generate", "generation")):
+            if f"{name}_tokens_per_second" in result["inference"]:
+                found[f"{title}, tokens/s"] = result["inference"][f"{name}_tokens_per_second"]
         found["memory, MB"] = result["inference"]["memory_bytes"] / 1e6
     return found
 

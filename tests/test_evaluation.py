@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,14 @@ import evaluate_models
 import pytest
 import torch
 from conftest import tiny_bert, tiny_llama
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertForSequenceClassification
 
 from hf_lpdecay import measure_sparsity
+from hf_lpdecay.artifacts.card import make_card, read_record
 from hf_lpdecay.evaluation import lm_eval_scores, perplexity, text_loss
 from hf_lpdecay.sparsity import select_parameters
+from hf_lpdecay.training.record import update_record
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -146,6 +150,24 @@ metric_list:
         lm_eval_scores(model, tokenizer, ["products"], include_path=str(tmp_path))
 
 
+def test_results_go_into_the_card_beside_those_of_the_first_model(models, tmp_path, text_files, capsys):
+    sparse = shutil.copytree(models[1], tmp_path / "sparse")
+    flags = ["--file", text_files[3], "--context_length", "32", "--max_windows", "4", "--first_is", "dense"]
+    code, (dense, found) = run([models[0], str(sparse)], tmp_path, *flags)
+    assert code == 0
+    update_record(sparse, lm_eval={"after": {"sums": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "sums"}}})
+    card = str(make_card(sparse, read_record(sparse)))
+    assert f"| the same training, dense | {dense['perplexity']:.4g} | {dense['word_perplexity']:.4g} | - |" in card
+    row = f"| **this model**, 25.0% of the selected weights zero | {found['perplexity']:.4g} | "
+    assert f"{row}{found['word_perplexity']:.4g} | 0.5 |" in card
+    assert f"Measured on 4 windows of 32 tokens from {Path(text_files[3]).name}, in float32." in card
+    results = {(r.dataset_name, r.metric_type): r.metric_value for r in ModelCard(card).data.eval_results}
+    assert results[("sums", "acc")] == 0.5 and len(results) == 3
+    assert results[(Path(text_files[3]).name, "perplexity")] == found["perplexity"]
+    assert evaluate_models.main(["some/hub-id", "other/hub-id", "--file", text_files[3], "--first_is", "dense"]) == 2
+    assert "all models but the first must be local folders" in capsys.readouterr().err
+
+
 def test_a_classifier_and_the_sparsity_module(language_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     model = tiny_bert(vocab_size=512)
@@ -155,7 +177,8 @@ def test_a_classifier_and_the_sparsity_module(language_model, tmp_path):
     rows = [("good", 1), ("bad", 0), ("so so", 1)]
     (tmp_path / "dev.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in rows))
     flags = ["--task", "text-classification", "--file", str(tmp_path / "dev.tsv"), "--column_names", "text", "label"]
-    code, (result,) = run([str(tmp_path / "bert")], tmp_path, *flags)
+    code, (result,) = run([str(tmp_path / "bert")], tmp_path, *flags, "--latency", "--context_length", "16")
+    assert result["inference"]["prefill_tokens_per_second"] > 0 and "generate_seconds" not in result["inference"]
     with torch.no_grad():
         loaded = BertForSequenceClassification.from_pretrained(tmp_path / "bert").eval()
         hits = [int(loaded(**tokenizer(t, return_tensors="pt")).logits.argmax()) == label for t, label in rows]

@@ -166,22 +166,17 @@ def _metadata(facts: dict[str, Any], report: SparsityReport, title: str, task: s
 
 def _eval_results(facts: dict[str, Any], task: str | None) -> list[EvalResult]:
     """For the hub's model-index, which takes a result only with its task and data set."""
-    data = facts.get("evaluated_on") or {}
-    if not task or not data.get("name"):
+    if not task:
         return []
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type=data.get("type") or data["name"],
-            dataset_name=data["name"],
-            dataset_config=data.get("config"),
-            dataset_split=data.get("split"),
-            metric_type=metric,
-            metric_name=metric,
-            metric_value=value,
-        )
-        for metric, value in sections.metrics(facts, "after").items()
-    ]
+    data, results = facts.get("evaluated_on") or {}, []
+    for metric, value in sections.metrics(facts, "after").items() if data.get("name") else ():
+        dataset = {f"dataset_{name}": data.get(name) for name in ("name", "config", "split")}
+        dataset["dataset_type"] = data.get("type") or data["name"]
+        results.append(EvalResult(task, metric_type=metric, metric_name=metric, metric_value=value, **dataset))
+    for (name, metric), value in sections.task_metrics(facts, "after").items():
+        dataset = {"dataset_type": name, "dataset_name": name}
+        results.append(EvalResult(task, metric_type=metric, metric_name=metric, metric_value=value, **dataset))
+    return results
 
 
 def _usage(folder: Path, auto_class: str | None, repo_id: str | None) -> str | None:

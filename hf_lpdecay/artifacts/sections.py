@@ -36,10 +36,21 @@ _PAPER = "[arXiv 2404.10824](https://arxiv.org/abs/2404.10824)"
 
 def metrics(facts: dict[str, Any], when: str) -> dict[str, float]:
     """Results that are numbers, of the model `"before"` the training, `"after"` it, or a `"dense"` one."""
-    results = (facts.get("results") or {}).get(when) or {}
+    return _numbers((facts.get("results") or {}).get(when) or {})
+
+
+def task_metrics(facts: dict[str, Any], when: str) -> dict[tuple[str, str], float]:
+    """The metrics of lm-eval's tasks, by task and name, of a model as in [`metrics`]."""
+    tasks = (facts.get("lm_eval") or {}).get(when) or {}
+    found = {(task, name): value for task, values in tasks.items() for name, value in _numbers(values).items()}
+    # "acc,none": the metric and a filter; "acc_stderr,none" is no result.
+    return {(task, name.removesuffix(",none")): value for (task, name), value in found.items() if "_stderr" not in name}
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {
         name: value
-        for name, value in results.items()
+        for name, value in values.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     }
 
@@ -108,7 +119,7 @@ def method(lp_config: dict[str, Any], report: SparsityReport) -> str | None:
 
 def results_table(facts: dict[str, Any], report: SparsityReport) -> str | None:
     """The metrics of this model beside those of others, as far as they are known."""
-    names = list(metrics(facts, "after"))
+    names = list(_all_metrics(facts, "after"))
     zeros = f", {report.sparsity:.1%} of the selected weights zero" if report.model_sparsity else ""
     rows = []
     for when, what in (
@@ -116,10 +127,15 @@ def results_table(facts: dict[str, Any], report: SparsityReport) -> str | None:
         ("dense", "the same training, dense"),
         ("after", f"**this model**{zeros}"),
     ):
-        known = metrics(facts, when)
+        known = _all_metrics(facts, when)
         if any(name in known for name in names):
             rows.append([what, *[f"{known[name]:.4g}" if name in known else "-" for name in names]])
     return table(["", *map(plain, names)], rows) if rows else None
+
+
+def _all_metrics(facts: dict[str, Any], when: str) -> dict[str, float]:
+    tasks = {f"{task}, {name}": value for (task, name), value in task_metrics(facts, when).items()}
+    return {**metrics(facts, when), **tasks}
 
 
 def evaluated_on(facts: dict[str, Any]) -> str | None:

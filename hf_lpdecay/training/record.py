@@ -1,5 +1,6 @@
 """`write_record`: what is known of a trained model, beside its weights in sparsity.json."""
 
+import json
 import math
 import os
 import platform
@@ -13,7 +14,7 @@ import transformers
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..sparsity import SparsityReport, measure_folder
+from ..sparsity import SparsityReport, measure_checkpoint, measure_folder
 from ..sparsity.report import RECORD_FILE
 
 
@@ -37,6 +38,7 @@ def write_record(trainer: "LpDecayTrainer", folder: str | os.PathLike, **facts: 
     - `license`, `language`, `tags`, `pipeline_tag`: as in a model card's metadata;
     - `results` (`dict[str, dict[str, float]]`): metrics of the model `"before"` the training, `"after"` it and, if it
       is known, of a model that was trained alike and stayed `"dense"`;
+    - `lm_eval` (`dict[str, dict[str, dict[str, float]]]`): likewise, the metrics of each task of lm-eval;
     - `evaluated_on` (`dict`): `name`, `type`, `config` and `split` of the data, number of `examples`, `block_size`,
       `dtype`.
 
@@ -66,6 +68,25 @@ def write_record(trainer: "LpDecayTrainer", folder: str | os.PathLike, **facts: 
         picture.unlink(missing_ok=True)  # it would be of an earlier run
         logger.warning_once(f"No {PICTURE_FILE}: {error}")
     return report
+
+
+def update_record(folder: str | os.PathLike, **facts: Any) -> None:
+    """Put what a later evaluation has found into a saved model's sparsity.json, which its card is made from.
+
+    Args:
+        folder (`str` or `os.PathLike`): The model's. Its zeros are counted anew.
+        facts (`Any`): `results` and `evaluated_on`, `lm_eval`, and others of [`write_record`], each in place of the
+            one that is there.
+
+    Raises:
+        OSError, ValueError: If the folder holds no model, or a damaged sparsity.json.
+    """
+    path = Path(folder) / RECORD_FILE
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it to have it written anew.") from error
+    measure_checkpoint(folder).to_json(path, **{**known, **facts})
 
 
 def card_facts(arguments: dict[str, Any]) -> dict[str, Any]:
