@@ -138,7 +138,7 @@ def make_card(
         picture=PICTURE_FILE if (folder / PICTURE_FILE).is_file() else None,
         size=sections.size_table(folder, report),
         units=lp_config["pattern"] if structured else None,
-        zeros=report.model_sparsity > 0,
+        zeros=sections.is_sparse(report),
         lp_config=sections.config_code(lp_config),
         strength=sections.strength(lp_config, facts.get("log_history") or []),
         training=sections.training_table(facts.get("training") or {}),
@@ -148,13 +148,13 @@ def make_card(
 
 def _metadata(facts: dict[str, Any], report: SparsityReport, title: str, task: str | None) -> ModelCardData:
     base_model, results = facts.get("base_model"), _eval_results(facts, task)
-    tags = ["sparsity", "pruning"] if report.model_sparsity else []
+    tags = ["sparsity", "pruning"] if sections.is_sparse(report) else []
     if sections.decays(facts.get("lp_config") or {}):
         tags += ["lp-weight-decay", "arxiv:2404.10824"]
     return ModelCardData(
         library_name="transformers",
-        license=facts.get("license"),
-        language=facts.get("language"),
+        license=facts.get("license") or None,
+        language=facts.get("language") or None,
         base_model=base_model if sections.is_repo_id(base_model) else None,
         datasets=[name for name in sections.listed(facts.get("datasets")) if sections.is_repo_id(name)] or None,
         pipeline_tag=task,

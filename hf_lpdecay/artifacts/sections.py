@@ -74,12 +74,17 @@ def decays(lp_config: dict[str, Any]) -> bool:
     return bool(lp_config.get("target_sparsity") or lp_config.get("lp_lambda"))
 
 
+def is_sparse(report: SparsityReport) -> bool:
+    """Whether there are zeros to speak of: not the odd ones of a padding row or of a bias that never moved."""
+    return bool(report.sparsity if any(tensor.selected for tensor in report.tensors) else report.model_sparsity)
+
+
 def summary(facts: dict[str, Any], report: SparsityReport) -> str:
     """What this model is and how sparse, with the denominator."""
     what = _origin(facts)
     selected = [tensor for tensor in report.tensors if tensor.selected]
-    if not report.model_sparsity:
-        return f"{what}. It has no zeros."
+    if not is_sparse(report):
+        return f"{what}. It is dense."
     if not selected:
         return f"{what}. **{report.model_sparsity:.1%}** of all parameters are exactly zero."
     return (
@@ -112,7 +117,7 @@ def method(lp_config: dict[str, Any], report: SparsityReport) -> str | None:
     """How it became sparse."""
     if decays(lp_config):
         return f"hf_lpdecay made it sparse in the training, by the decoupled weight decay for any p norm ({_PAPER})."
-    if lp_config.get("freeze_zeros") and report.model_sparsity:
+    if lp_config.get("freeze_zeros") and is_sparse(report):
         return "Its zeros are older than this training, in which hf_lpdecay kept every one of them."
     return None
 
@@ -120,7 +125,7 @@ def method(lp_config: dict[str, Any], report: SparsityReport) -> str | None:
 def results_table(facts: dict[str, Any], report: SparsityReport) -> str | None:
     """The metrics of this model beside those of others, as far as they are known."""
     names = list(_all_metrics(facts, "after"))
-    zeros = f", {report.sparsity:.1%} of the selected weights zero" if report.model_sparsity else ""
+    zeros = f", {report.sparsity:.1%} of the selected weights zero" if is_sparse(report) else ""
     rows = []
     for when, what in (
         ("before", "before this training"),
@@ -181,7 +186,7 @@ def size_table(folder: Path, report: SparsityReport) -> str:
         ["parameters", f"{_numel(report.tensors):,}"],
         ["of them not zero", f"{_numel(report.tensors) - _zeros(report.tensors):,}"],
     ]
-    return table(["", ""], rows)
+    return table(["what", "size"], rows)
 
 
 def config_code(lp_config: dict[str, Any]) -> str | None:
@@ -216,7 +221,7 @@ def training_table(training: dict[str, Any]) -> str | None:
     for name, dtype in (("bf16_autocast", "bfloat16"), ("fp16_autocast", "float16")):
         if training.get(name):
             rows.append(["autocast", dtype])
-    return table(["", ""], rows) if rows else None
+    return table(["hyperparameter", "value"], rows) if rows else None
 
 
 def versions(known: dict[str, Any]) -> str | None:
