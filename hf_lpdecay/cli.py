@@ -196,22 +196,28 @@ def _shrink_options(parser: argparse.ArgumentParser) -> None:
 def _shrink(options: argparse.Namespace) -> Result:
     """Cut zero neurons and heads out of a model, and save it smaller.
 
-    The result is a plain Transformers model; its outputs are checked to be the same.
+    The result is a plain Transformers model; its outputs are checked to be the same. What sparsity.json says of the
+    training is taken along, for the model card.
     """
     from transformers import AutoTokenizer
 
     from .artifacts import shrink
     from .artifacts.archive import written_whole
+    from .artifacts.card import read_record
     from .sparsity.checkpoint import model_class
+    from .sparsity.report import RECORD_FILE, measure_sparsity
 
+    has_record = (Path(options.folder) / RECORD_FILE).is_file()
+    facts = read_record(options.folder) if has_record else {}
     with written_whole(options.out) as folder:
         cls, _ = model_class(options.folder)
         model = cls.from_pretrained(options.folder, dtype="auto")
         smaller = shrink(model)
         smaller.save_pretrained(folder)
+        before, after = model.num_parameters(), smaller.num_parameters()
+        measure_sparsity(smaller).to_json(Path(folder) / RECORD_FILE, **{**facts, "parameters_before_cut": before})
         if (Path(options.folder) / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(options.folder).save_pretrained(folder)
-    before, after = model.num_parameters(), smaller.num_parameters()
     result = {"out": options.out, "parameters_before": before, "parameters_after": after}
     return result, f"{before:,} parameters, now {after:,} ({after / before:.1%}), in {options.out}", False
 

@@ -9,9 +9,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from test_shrink import with_dead
 
-from hf_lpdecay import LpDecayConfig, measure_sparsity
-from hf_lpdecay.artifacts.card import make_card
+from hf_lpdecay import LpDecayConfig, cli, measure_sparsity
+from hf_lpdecay.artifacts.card import make_card, read_record
 from hf_lpdecay.sparsity import select_parameters
 
 
@@ -193,3 +194,17 @@ def test_a_dense_classifier_boasts_of_nothing(tmp_path):
     assert "It is dense." in shown.text and "Fine-tuning it further" not in shown.text
     assert "AutoModelForSequenceClassification.from_pretrained(" in shown.text
     assert isinstance(card.data, ModelCardData)
+
+
+def test_a_shrunk_model_says_what_was_cut_out(tmp_path, capsys):
+    model = with_dead(tiny_llama(), "neurons", [20, 20])
+    model.save_pretrained(tmp_path / "model")
+    measure_sparsity(model).to_json(tmp_path / "model" / "sparsity.json", **FACTS)
+    assert cli.main(["shrink", str(tmp_path / "model"), str(tmp_path / "small")]) == 0
+    card = make_card(tmp_path / "small", read_record(tmp_path / "small"))
+    shown = page(card)
+    before, after = model.num_parameters(), model.num_parameters() - 2 * 3 * 20 * 32
+    assert f"were made zero and then cut out: {after:,} of {before:,} parameters are left" in shown.text
+    assert card.data.tags == ["pruning", "lp-weight-decay", "arxiv:2404.10824", "mine"]
+    assert "Fine-tuning it further" not in shown.text
+    assert ["this model", "25.1", "0.5"] in shown.rows and ["whole model", f"{after:,}", "0", "0.00%"] in shown.rows

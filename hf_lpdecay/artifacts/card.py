@@ -148,7 +148,8 @@ def make_card(
 
 def _metadata(facts: dict[str, Any], report: SparsityReport, title: str, task: str | None) -> ModelCardData:
     base_model, results = facts.get("base_model"), _eval_results(facts, task)
-    tags = ["sparsity", "pruning"] if sections.is_sparse(report) else []
+    tags = ["sparsity"] if sections.is_sparse(report) else []
+    tags += ["pruning"] if tags or facts.get("parameters_before_cut") else []
     if sections.decays(facts.get("lp_config") or {}):
         tags += ["lp-weight-decay", "arxiv:2404.10824"]
     return ModelCardData(

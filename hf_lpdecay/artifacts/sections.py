@@ -83,8 +83,16 @@ def summary(facts: dict[str, Any], report: SparsityReport) -> str:
     """What this model is and how sparse, with the denominator."""
     what = _origin(facts)
     selected = [tensor for tensor in report.tensors if tensor.selected]
+    before = facts.get("parameters_before_cut")
+    if before:
+        units = (facts.get("lp_config") or {}).get("pattern")
+        units = units if units in ("neurons", "heads") else "neurons or heads"
+        what += (
+            f". Whole {units} were made zero and then cut out: **{_numel(report.tensors):,}** of {before:,} parameters"
+            f" are left, {_numel(report.tensors) / before:.1%}"
+        )
     if not is_sparse(report):
-        return f"{what}. It is dense."
+        return f"{what}." if before else f"{what}. It is dense."
     if not selected:
         return f"{what}. **{report.model_sparsity:.1%}** of all parameters are exactly zero."
     return (
