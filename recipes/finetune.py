@@ -115,8 +115,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str], script_class: type = ScriptArguments, description: str = __doc__):
-    """Parse and check everything that can be checked without a model."""
+def device_defaults() -> dict[str, bool]:
+    """Where a run takes place and whether in bfloat16, unless it is told. On a CPU, also use more than one thread."""
     on_cpu = not torch.accelerator.is_available()
     if on_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:
         # Without a configuration, `accelerate launch` allows a process on the CPU a single thread.
@@ -125,10 +125,15 @@ def parse(argv: list[str], script_class: type = ScriptArguments, description: st
         bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     else:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return {"use_cpu": on_cpu, "bf16": bf16}
+
+
+def parse(argv: list[str], script_class: type = ScriptArguments, description: str = __doc__):
+    """Parse and check everything that can be checked without a model."""
     (script, lp_config, args), given = parse_recipe(
         (script_class, LpDecayConfig, TrainingArguments),
         argv,
-        {"use_cpu": on_cpu, "bf16": bf16},
+        device_defaults(),
         description=description,
     )
     check_files(script)

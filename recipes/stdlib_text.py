@@ -10,6 +10,7 @@ from datasets import Dataset
 
 
 _MIN_CHARACTERS = 200
+_MIN_CHAT_CHARACTERS = 60
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
@@ -30,19 +31,50 @@ def load_stdlib_text() -> tuple[Dataset, Dataset]:
     return Dataset.from_dict({"text": train}), Dataset.from_dict({"text": validation})
 
 
+def load_stdlib_chats() -> tuple[Dataset, Dataset]:
+    """Questions for what this Python's functions do, answered by the first paragraph of their docstrings.
+
+    Split like the texts of [`load_stdlib_text`].
+
+    Returns:
+        `tuple[Dataset, Dataset]`: Rows for training and evaluation, 9 to 1, with `prompt` and `completion`, each one
+        message of a chat.
+    """
+    answers = {}
+    for module, node, text in _documented():
+        answer = text.split("\n\n")[0]
+        if isinstance(node, ast.FunctionDef) and len(answer) >= _MIN_CHAT_CHARACTERS:
+            answers[answer] = f"What does `{node.name}({ast.unparse(node.args)})` in Python's {module} do?"
+    train, validation = [], []
+    for answer in sorted(answers, key=_checksum):
+        row = {
+            "prompt": [{"role": "user", "content": answers[answer]}],
+            "completion": [{"role": "assistant", "content": answer}],
+        }
+        (validation if _checksum(answer) % 10 == 0 else train).append(row)
+    return Dataset.from_list(train), Dataset.from_list(validation)
+
+
 def _docstrings():
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+    return (text for _, _, text in _documented() if len(text) >= _MIN_CHARACTERS)
+
+
+def _documented():
+    """All docstrings of the standard library: the module's name, the node and the text."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
         if _SKIPPED_FOLDERS & set(path.parts):
             continue
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # some files are there to be broken
             continue
+        module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 text = ast.get_docstring(node)
-                if text and len(text) >= _MIN_CHARACTERS:
-                    yield text
+                if text:
+                    yield module, node, text
 
 
 def _checksum(text: str) -> int:

@@ -219,7 +219,9 @@ def test_every_config_parses_and_starts_with_its_launch_command():
         assert args.output_dir == given["output_dir"]
 
 
-LANGUAGE_CONFIGS = sorted({*RECIPES.glob("configs/*/causal-lm.yaml"), *RECIPES.glob("configs/smollm2-135m/*.yaml")})
+LANGUAGE_CONFIGS = [
+    path for path in sorted(RECIPES.glob("configs/*/*.yaml")) if "task: causal-lm" in path.read_text().splitlines()
+]
 
 
 @pytest.mark.parametrize("path", LANGUAGE_CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
