@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 
+import benchmark_archive
 import numpy as np
 import pytest
 import torch
@@ -258,3 +259,18 @@ def test_what_cannot_be_packed_is_refused(tmp_path, capsys):
         pack(tmp_path, tmp_path / "x")
     with pytest.raises(FileNotFoundError):
         unpack(tmp_path / "model", tmp_path / "x")
+
+
+def test_the_benchmark_packs_what_it_prunes(language_model, tmp_path, capsys):
+    flags = ["--sparsity", "0.9", "0.5", "--results_file", str(tmp_path / "results.json")]
+    assert benchmark_archive.main([str(language_model), *flags]) == 0
+    half, most = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (half["sparsity"], most["sparsity"]) == (0.5, 0.9) and most["linear"]["bound"] < half["linear"]["bound"]
+    assert (
+        most["linear"]["share"] < half["linear"]["share"] < 1
+        and half["linear"]["dense_bytes"] < half["whole"]["dense_bytes"]
+    )
+    assert "| 50% | " in capsys.readouterr().out
+    assert benchmark_archive.entropy(torch.tensor([0.0, 0.0, 1.0, 2.0])) == pytest.approx(4 * 1.5)
+    assert benchmark_archive.main([str(language_model), "--sparsity", "1.5"]) == 2
+    assert "sparsity=1.5: should be in [0, 1)" in capsys.readouterr().err
