@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_lpdecay import LpDecayConfig, measure_sparsity
 from hf_lpdecay.sparsity import Ramp, match_parameters, select_parameters
-from hf_lpdecay.sparsity.quantiles import histogram, kth_smallest, lower_edge
+from hf_lpdecay.sparsity.quantiles import histogram, kth_smallest, lower_edges
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -91,7 +91,8 @@ def test_order_statistics_agree_with_sorting(values, rank, cut):
     parts = [part for part in (tensor[:cut], tensor[cut:]) if part.numel()]
     value, below = kth_smallest(lambda: iter(parts), lambda counts: counts, k)
     assert value == ordered[k - 1].item() and below == int((ordered < value).sum())
-    edge = lower_edge(histogram(tensor), k)
+    edge, smallest = lower_edges(torch.stack([histogram(tensor)] * 2), [k, 1])
+    assert smallest <= ordered[0].item() and smallest <= edge
     assert value - max(value * 2**-7, 2.0**-132) <= edge <= value and int((tensor < edge).sum()) < k
 
 

@@ -10,9 +10,9 @@ from ..optim.functional import structured_size
 from ..optim.pieces import local
 from .importance import importance_from_activations, importance_from_adam, importance_from_calibration
 from .patterns import parse_pattern
-from .quantiles import histogram, kth_smallest, lower_edge
+from .quantiles import histogram, kth_smallest, lower_edges
 from .schedule import MIN_IMPORTANCE_STEPS, Ramp, norm
-from .sharding import before_mine, is_sharded, placed_like, summed
+from .sharding import before_mine, is_sharded, placed_like, summed, summed_rows
 from .units import Units
 
 
@@ -149,11 +149,11 @@ class SparsityController:
 
     def _plan(self, step: int, following: int, summed_lr: list[float]) -> None:
         sparsity, p = self.ramp.sparsity(following), norm(self.config, self.ramp.progress(step))
-        thresholds = {}
-        for pool in self._pools:
-            counts = self._summed(sum(histogram(size) for size in self._sizes(pool)), pool)
-            threshold = lower_edge(counts, max(1, self._count(pool, sparsity)))
-            thresholds.update(dict.fromkeys(self._params_of(pool), threshold))
+        counts = torch.stack([sum(histogram(size) for size in self._sizes(pool)) for pool in self._pools])
+        if not self._units:  # whose sizes are everywhere the same
+            counts = summed_rows(counts, [pool[0] for pool in self._pools])
+        edges = lower_edges(counts, [max(1, self._count(pool, sparsity)) for pool in self._pools])
+        thresholds = {param: edge for pool, edge in zip(self._pools, edges) for param in self._params_of(pool)}
         self._freeze_zeros()
         for group, lr in zip(self.optimizer.param_groups, summed_lr):
             for param in self._selected(group):
@@ -243,7 +243,7 @@ class SparsityController:
             yield gone
 
     def _summed(self, counts: Tensor, pool: list[Tensor | Units]) -> Tensor:
-        """Over all processes, where each has counted its own pieces; the sizes of units are everywhere the same."""
+        """Over all processes, where each has counted its own pieces."""
         return counts if self._units else summed(counts, pool)
 
     def _selected(self, group: dict) -> list[Tensor]:

@@ -24,17 +24,18 @@ def histogram(r: Tensor) -> Tensor:
     return torch.bincount(_bits(r) >> 16, minlength=_HIGH_BINS)
 
 
-def lower_edge(counts: Tensor, k: int) -> float:
-    """The largest bin edge with fewer than `k` entries below it.
+def lower_edges(counts: Tensor, ks: list[int]) -> list[float]:
+    """For each histogram the largest bin edge with fewer than `k` entries below it; waits for the device once.
 
     Args:
-        counts (`torch.Tensor`): From [`histogram`], or the sum of several.
-        k (`int`): Rank, between 1 and the number of entries.
+        counts (`torch.Tensor`): From [`histogram`], or sums of several, shape (n, 32768).
+        ks (`list[int]`): Ranks, n of them, each between 1 and its histogram's number of entries.
 
     Returns:
-        `float`: At most the exact k-th smallest entry, and less than 2**-7 below it, relatively.
+        `list[float]`: Each at most the exact k-th smallest entry, and less than 2**-7 below it, relatively.
     """
-    return _value(_bin_of(counts, k) << 16)
+    bins = (counts.cumsum(1) < torch.tensor(ks, device=counts.device)[:, None]).sum(1)
+    return (bins << 16).to(torch.int32).view(torch.float32).tolist()
 
 
 def kth_smallest(
