@@ -30,7 +30,7 @@ from .stored import ShardReader, ShardWriter, StoredTensor, parse_header, read_h
 
 VERSION = 1
 MANIFEST = "archive.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _THREADS = max(1, min(4, os.cpu_count() or 1))
 _COPIED = 1 << 20  # bytes at a time
 
@@ -150,7 +150,7 @@ def _list_files(folder: Path) -> list[str]:
             names.append(_safe(path.relative_to(folder).as_posix()))
     if MANIFEST in names:
         raise ValueError(f"{folder} holds an {MANIFEST}: it is packed already, or the file needs another name.")
-    pickles = [name for name in names if name.endswith(_PICKLES) and not name.endswith("training_args.bin")]
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES) and not name.endswith("training_args.bin")]
     if pickles:
         raise ValueError(
             f"{folder} holds pickled files ({', '.join(pickles)}), which are never read: save the model as safetensors,"

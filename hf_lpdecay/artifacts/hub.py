@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from ..sparsity.checkpoint import measure_checkpoint, stored_tensors, weight_files
 from ..sparsity.report import RECORD_FILE, write_text
+from .archive import PICKLE_SUFFIXES
 from .card import CARD_FILE, is_hand_written, make_card, read_record, write_card
 
 
@@ -27,7 +28,6 @@ _NOT_PUSHED = (
     *("checkpoint-*", "__pycache__", "*.tmp", "training_args.bin", "trainer_state.json", "run.yaml"),
     *("optimizer*", "scheduler.*", "scaler.*", "rng_state*", "pytorch_model_fsdp*", "global_step*", "zero_to_fp32.py"),
 )
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _stays(name: str) -> bool:
 
 def _is_pickle(path: Path) -> bool:
     """Whether `torch.save` or `pickle` wrote a file that is called like one."""
-    if path.suffix not in _PICKLES:
+    if path.suffix not in PICKLE_SUFFIXES:
         return False
     with open(path, "rb") as file:
         start = file.read(4)
