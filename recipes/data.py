@@ -1,6 +1,7 @@
 """Datasets of the recipes: from the hub, from local files, or built in."""
 
 import csv
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,38 @@ BUILTIN = "stdlib"
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".parquet": "parquet"}
 
 
+@dataclass
+class DataArguments:
+    """On which data a recipe trains and evaluates."""
+
+    dataset_name: str = field(
+        default=BUILTIN, metadata={"help": f"Hub id, or '{BUILTIN}': text from Python's standard library."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the hub's dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split of the hub's dataset to train on."})
+    validation_split: str = field(default="validation", metadata={"help": "Split of the hub's dataset to evaluate on."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Local json, jsonl, csv, tsv, txt or parquet file (instead of dataset_name)."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Local file to evaluate on."})
+    column_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the columns of csv and tsv files that have no header."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many examples at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on that many examples at most."})
+
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"Invalid {name}: {value!r} - should be a whole number >= 1.")
+
+
 def load_texts(script) -> tuple[Dataset, Dataset]:
     """Load the training and the evaluation data that a recipe's arguments name.
 
     Args:
-        script (`ScriptArguments`): Its `train_file` and `validation_file` win over its `dataset_name`.
+        script (`DataArguments`): Its `train_file` and `validation_file` win over its `dataset_name`.
 
     Returns:
         `tuple[Dataset, Dataset]`: Training and evaluation rows as they come.

@@ -16,7 +16,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from arguments import parse_recipe
-from data import BUILTIN, blocks_of_tokens, check_files, data_facts, labelled_tokens, load_texts, text_column
+from data import DataArguments, blocks_of_tokens, check_files, data_facts, labelled_tokens, load_texts, text_column
 from datasets import Dataset
 from pypi_models import license_of, resolve_model
 from run_folder import claim_folder
@@ -42,7 +42,7 @@ DEFAULT_CONFIG = HERE / "configs" / "smollm2-135m" / "causal-lm.yaml"
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(DataArguments):
     """What is trained, on which data."""
 
     config: str = field(
@@ -54,34 +54,18 @@ class ScriptArguments:
     task: Literal["causal-lm", "text-classification"] = field(
         default="causal-lm", metadata={"help": "What the model is trained for."}
     )
-    dataset_name: str = field(
-        default=BUILTIN, metadata={"help": f"Hub id, or '{BUILTIN}': text from Python's standard library."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the hub's dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split of the hub's dataset to train on."})
-    validation_split: str = field(default="validation", metadata={"help": "Split of the hub's dataset to evaluate on."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "Local json, jsonl, csv, tsv, txt or parquet file (instead of dataset_name)."}
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "Local file to evaluate on."})
-    column_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the columns of csv and tsv files that have no header."}
-    )
     text_column: str | None = field(
         default=None, metadata={"help": "Column with the text. Defaults to the only column of strings."}
     )
     label_column: str = field(default="label", metadata={"help": "Column with the label."})
     block_size: int = field(default=256, metadata={"help": "Tokens per training example and evaluation window."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many examples at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on that many examples at most."})
 
     def __post_init__(self):
         if self.task not in ("causal-lm", "text-classification"):
             raise ValueError(f"Invalid task: {self.task!r} - should be 'causal-lm' or 'text-classification'.")
-        for name in ("block_size", "max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"Invalid {name}: {value!r} - should be a whole number >= 1.")
+        super().__post_init__()
+        if not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ValueError(f"Invalid block_size: {self.block_size!r} - should be a whole number >= 1.")
 
 
 def main(argv: list[str]) -> int:

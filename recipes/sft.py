@@ -13,7 +13,7 @@ from pathlib import Path
 import finetune
 from accelerate import PartialState
 from arguments import parse_recipe
-from data import BUILTIN, check_files, data_facts, load_texts
+from data import BUILTIN, DataArguments, check_files, data_facts, load_texts
 from peft.tuners.lora import LoraLayer
 from pypi_models import license_of, resolve_model
 from run_folder import claim_folder
@@ -31,24 +31,11 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "smollm2-135m" / "sft.yaml"
 
 
 @dataclass
-class SftArguments:
-    """On which data."""
+class SftArguments(DataArguments):
+    """The data come as TRL takes them: in columns `messages`, or `prompt` and `completion`, or `text`. `stdlib` asks
+    what the functions of Python's library do."""
 
     config: str = field(default=str(DEFAULT_CONFIG), metadata={"help": "YAML file; flags win over it."})
-    dataset_name: str = field(
-        default=BUILTIN, metadata={"help": f"Hub id, or '{BUILTIN}': what the functions of Python's library do."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the hub's dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split of the hub's dataset to train on."})
-    validation_split: str = field(default="validation", metadata={"help": "Split of the hub's dataset to evaluate on."})
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "Local jsonl or parquet file with TRL's columns: messages, prompt and completion, or text."},
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "Local file to evaluate on."})
-    column_names: list[str] | None = field(default=None, metadata={"help": "Columns of a csv file without a header."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many examples at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on that many examples at most."})
 
 
 def main(argv: list[str]) -> int:
