@@ -207,4 +207,5 @@ def test_a_shrunk_model_says_what_was_cut_out(tmp_path, capsys):
     assert f"were made zero and then cut out: {after:,} of {before:,} parameters are left" in shown.text
     assert card.data.tags == ["pruning", "lp-weight-decay", "arxiv:2404.10824", "mine"]
     assert "Fine-tuning it further" not in shown.text
-    assert ["this model", "25.1", "0.5"] in shown.rows and ["whole model", f"{after:,}", "0", "0.00%"] in shown.rows
+    assert ["this model", "25.1", "0.5"] in shown.rows and ["parameters", f"{after:,}"] in shown.rows
+    assert "## Sparsity" not in card.text
