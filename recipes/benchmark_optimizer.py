@@ -1,5 +1,7 @@
 """Time one optimizer step of LpAdamW beside its rivals, on the shapes of real models and within a Trainer.
 
+On a GPU if there is one, where a step's time is that until the device is done.
+
 python recipes/benchmark_optimizer.py
 python recipes/benchmark_optimizer.py --shapes bert-base --rounds 20 --trainer_steps 0
 """
@@ -58,6 +60,7 @@ SHAPES = {
 # Small enough that the weights stay what they are during the measurement, large enough for the decay to act.
 ADAMW = {"lr": 1e-7, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 DECAY = {"lp_lambda": 1e-3}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What one pass must read and write of a float32 weight, its gradient and its two moments.
 BYTES_PER_PARAMETER = 28
 
@@ -95,22 +98,43 @@ def rivals(params: list[Tensor]) -> dict[str, Any]:
     for param in params:
         moments = {"exp_avg": torch.randn_like(param) * 1e-3, "exp_avg_sq": torch.rand_like(param) * 1e-6}
         for optimizer in optimizers.values():
-            optimizer.state[param] = {"step": torch.tensor(10.0), **moments}
+            step = torch.tensor(10.0, device=DEVICE if counts_on_device(optimizer) else "cpu")
+            optimizer.state[param] = {"step": step, **moments}
         trimmed.state[param]["lp_threshold"] = 0.02
         if param.dim() == 2:
-            row, col = torch.rand(len(param), 1) + 0.5, torch.rand(1, param.shape[1]) + 0.5
+            row = torch.rand(len(param), 1, device=DEVICE) + 0.5
+            col = torch.rand(1, param.shape[1], device=DEVICE) + 0.5
             trimmed.state[param].update(lp_row=row, lp_col=col)
     return optimizers
 
 
+def counts_on_device(optimizer: Any) -> bool:
+    """Whether an optimizer keeps the number of steps on the device, as the fused ones do."""
+    fused = getattr(optimizer, "optimizer", optimizer).param_groups[0]["fused"]
+    return isinstance(optimizer, LpAdamW) if fused is None else fused
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 def milliseconds(function: Callable[[], Any]) -> float:
+    synchronize()
     start = time.perf_counter()
     function()
+    synchronize()
     return (time.perf_counter() - start) * 1e3
 
 
 def memory_of(function: Callable[[], Any]) -> int | None:
-    """How many bytes the process grew by at the most while a function ran; `None` where Linux does not say."""
+    """How many bytes a function took at the most, of the device or of the process; `None` where Linux does not say."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
         before = _status("VmRSS")
@@ -133,7 +157,7 @@ def benchmark(name: str, rounds: int) -> dict[str, Any]:
     with torch.device("meta"):
         shapes = [param.shape for param in model_class(config).parameters()]
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape) * 0.02) for shape in shapes]
+    params = [torch.nn.Parameter(torch.randn(shape, device=DEVICE) * 0.02) for shape in shapes]
     for param in params:
         param.grad = torch.randn_like(param) * 1e-3
     optimizers, numel = rivals(params), sum(param.numel() for param in params)
@@ -168,8 +192,8 @@ def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     fused = result["rivals"]["torch AdamW, fused"]["ms"]
     lines = [
-        f"{result['shapes']}: {result['parameters']:,} parameters in {result['tensors']} tensors; a copy runs at"
-        f" {result['copy_gb_per_s']:.0f} GB/s",
+        f"{result['shapes']}: {result['parameters']:,} parameters in {result['tensors']} tensors on {DEVICE}; a copy"
+        f" runs at {result['copy_gb_per_s']:.0f} GB/s",
         "",
         "| step | ms (quartiles) | to fused AdamW | GB/s | extra bytes per parameter | first step, ms |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -192,9 +216,11 @@ class StepTimes(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
+        synchronize()
         self._start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        synchronize()
         self.seconds.append(time.perf_counter() - self._start)
 
 
@@ -224,12 +250,14 @@ def benchmark_trainer(steps: int, batch: int = 4, length: int = 128) -> dict[str
                 save_strategy="no",
                 report_to="none",
                 bf16=True,
-                use_cpu=True,
+                use_cpu=DEVICE == "cpu",
             )
             trainer_class(
                 LlamaForCausalLM(SMOLLM2), arguments, train_dataset=data, callbacks=[times], **options
             ).train()
-            speeds[name] = batch * length / statistics.median(times.seconds[1:])
+            # Of all GPUs, which a Trainer uses if there are several.
+            tokens = arguments.train_batch_size * length
+            speeds[name] = tokens / statistics.median(times.seconds[1:])
     return speeds
 
 
@@ -244,7 +272,9 @@ def main() -> None:
         parser.error(f"--rounds {arguments.rounds}: quartiles need at least 2.")
     if arguments.trainer_steps and arguments.trainer_steps < 16:
         parser.error(f"--trainer_steps {arguments.trainer_steps}: a ramp needs at least 16, or 0 to leave it out.")
-    results: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "shapes": []}
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    results: dict[str, Any] = {"torch": torch.__version__, "device": device, "threads": torch.get_num_threads()}
+    results["shapes"] = []
     for name in arguments.shapes:
         result = benchmark(name, arguments.rounds)
         results["shapes"].append(result)

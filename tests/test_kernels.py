@@ -160,7 +160,7 @@ def test_without_a_compiler_one_warning_and_the_same_result(monkeypatch, caplog,
     expected = trained(False, p=0.8)[0]
     monkeypatch.setenv("CXX", compiler)
     kernels._build.cache_clear()
-    kernels._warn_once.cache_clear()
+    kernels.warn_once.cache_clear()
     try:
         result = trained(None, p=0.8)[0]
         warnings = [record.getMessage() for record in caplog.records]

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import kernels, triton_kernel
 from .functional import acts, adamw_, low_precision_lp_adamw_, lp_adamw_, random_bits
 from .pieces import factors_of, local, pieces_of
 
 
-_FUSED_DEVICES = ("cpu", "cuda")
+# The one-pass kernels, and with them the devices that torch has a fused AdamW for.
+KERNELS = {"cpu": kernels, "cuda": triton_kernel}
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 # What a checkpoint's groups do not decide: options that only torch.optim.AdamW has, and the choice of a kernel.
 _NOT_LOADED = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "decoupled_weight_decay", "fused")
@@ -36,9 +37,13 @@ class LpAdamW(torch.optim.Optimizer):
     bfloat16 and float16 weights are updated in float32 (moments are kept in float32 too) and written back with
     stochastic rounding, without which most of the decay would be lost. DTensor parameters are updated shard by shard.
 
+    On CUDA nothing in a step waits for the device. Unless `fused` is `False`, a step may be captured in a CUDA graph,
+    after one that was not: the graph then counts the steps, and follows a learning rate that is a tensor on the device.
+    All other hyperparameters and plans are those of the capture, and the plans' tensors must not be freed.
+
     Args:
         params (`Iterable`): Parameters, or dicts that define parameter groups.
-        lr (`float`, *optional*, defaults to `1e-3`): Learning rate, ``>= 0``.
+        lr (`float` or `torch.Tensor`, *optional*, defaults to `1e-3`): Learning rate, ``>= 0``; a tensor is a scalar.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Averaging of the moments, in ``[0, 1)``.
         eps (`float`, *optional*, defaults to `1e-8`): Added to AdamW's denominator.
         weight_decay (`float`, *optional*, defaults to `0.0`): AdamW's ordinary decoupled decay (L2), which adds to
@@ -52,11 +57,11 @@ class LpAdamW(torch.optim.Optimizer):
             is divided by ``1 + lr * lp_lambda / s``, where ``s`` starts as ``|w| ** (2 - p)`` and, at the beginning
             of each decay, moves towards it: ``s += s_rate * (|w| ** (2 - p) - s)``. A state tensor ``lp_s`` for each
             parameter, and zero does not absorb. At 1 ``s`` is ``|w| ** (2 - p)``, and no state is kept.
-        fused (`bool`, *optional*): `None` takes torch's fused AdamW where the decay does not act; where it does, on a
-            CPU the one-pass kernel (it needs a C++ compiler; without one there is a warning) and on CUDA torch's fused
-            AdamW, followed by the decay. `False` takes neither. `True` raises where there is no kernel. A ``pattern``,
-            `s_rate`, float64 and float16 weights and tensors that are not contiguous are updated without the one-pass
-            kernel in any case, in pieces of a few MB.
+        fused (`bool`, *optional*): `None` takes torch's fused AdamW where the decay does not act, and the one-pass
+            kernel where it does: on a CPU it needs a C++ compiler, on CUDA Triton; without them there is a warning, and
+            the decay follows torch's fused AdamW. `False` takes neither. `True` raises where there is no kernel. A
+            ``pattern``, `s_rate`, float64 and float16 weights and tensors that are not contiguous are updated without
+            the one-pass kernel in any case, in pieces of a few MB.
         stochastic_rounding (`bool`, *optional*): How bfloat16 and float16 weights are written. `None` means `True`;
             other dtypes are never rounded.
         float32_moments (`bool`, *optional*, defaults to `True`): Keep the moments of bfloat16 and float16 weights in
@@ -64,7 +69,8 @@ class LpAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: If a hyperparameter is out of range, or a parameter is complex.
-        RuntimeError: If a gradient is sparse, or `fused=True` meets a device without a kernel or no C++ compiler.
+        RuntimeError: If a gradient is sparse, or `fused=True` meets a device without a kernel, or neither a C++
+            compiler nor Triton.
 
     Example:
 
@@ -76,7 +82,7 @@ class LpAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -116,8 +122,10 @@ class LpAdamW(torch.optim.Optimizer):
                 raise ValueError(f"LpAdamW takes real parameters, got one of dtype {param.dtype}.")
             if param.dtype == torch.float16 and not group["float32_moments"]:
                 raise ValueError("float16 cannot hold the squares of small gradients: leave float32_moments at True.")
-        if group["fused"] and any(param.device.type == "cpu" for param in group["params"]):
-            kernels.build(kernels.ANY_NORM)  # raises if it can't be had
+        for device in {param.device for param in group["params"]} if group["fused"] else ():
+            kernel = KERNELS.get(device.type)
+            if kernel is not None:  # otherwise the step will raise
+                kernel.build(kernel.any_case(device))  # raises if it can't be had
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -133,27 +141,28 @@ class LpAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batch = kernels.Batch()
+        batches = {device: kernel.Batch() for device, kernel in KERNELS.items()}
         for group in self.param_groups:
             # Parameters that only AdamW acts on, without and with torch's fused kernel.
             plain: tuple[list, list] = ([], [])
             for param in group["params"]:
                 if param.grad is not None:
-                    self._update(param, group, batch, plain)
+                    self._update(param, group, batches, plain)
             for tensors, fused in zip(plain, (False, True)):
                 if tensors:
                     adamw_(tensors, group, fused)
-        batch.run()
+        for batch in batches.values():
+            batch.run()
         return loss
 
-    def _update(self, param: Tensor, group: dict[str, Any], batch: kernels.Batch, plain: tuple[list, list]) -> None:
+    def _update(self, param: Tensor, group: dict[str, Any], batches: dict[str, Any], plain: tuple[list, list]) -> None:
         """Update a parameter, or put it on one of the lists of what is updated together."""
         if param.grad.is_sparse:
             raise RuntimeError("LpAdamW does not take sparse gradients; make the embedding with sparse=False.")
         fused = group["fused"]
         if fused is None:
-            fused = param.device.type in _FUSED_DEVICES
-        elif fused and param.device.type not in _FUSED_DEVICES:
+            fused = param.device.type in KERNELS
+        elif fused and param.device.type not in KERNELS:
             raise RuntimeError(f"fused=True has no kernel for a parameter on {param.device}; leave it at None.")
         low_precision = param.dtype in _LOW_PRECISION
         lr = group["lr"]
@@ -165,13 +174,13 @@ class LpAdamW(torch.optim.Optimizer):
         freeze_zeros = group["freeze_zeros"] or state.get("lp_freeze_zeros", False)
         if "step" not in state:
             moment_dtype = torch.float32 if low_precision and group["float32_moments"] else param.dtype
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if fused else "cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=_counted_on(param, group))
             state["exp_avg"] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
         step = state["step"]
         tensors = tuple(map(local, (param, param.grad, state["exp_avg"], state["exp_avg_sq"])))
-        # Fused kernels read memory in a row, whatever the strides.
-        fused = fused and all(tensor.is_contiguous() for tensor in tensors)
+        # Fused kernels read memory in a row, whatever the strides, and the number of steps beside the weights.
+        fused = fused and step.device == param.device and all(tensor.is_contiguous() for tensor in tensors)
         if not (decays or freeze_zeros or low_precision):
             plain[fused].append((*tensors, step))
             return
@@ -188,13 +197,14 @@ class LpAdamW(torch.optim.Optimizer):
         }
         factors, by_unit = factors_of(state, tensors[0]) if decays else (None, False)
         # Drawn on the CPU, from torch's global generator.
-        seed = int(torch.randint(1 << 32, ())) if low_precision and group["stochastic_rounding"] is not False else None
+        stochastic = low_precision and group["stochastic_rounding"] is not False
+        seed = int(torch.randint(1 << 32, (), device="cpu")) if stochastic else None
         eager_only = decays and (group["s_rate"] < 1 or "pattern" in group or by_unit)
-        if fused and not eager_only and kernels.covers(tensors, factors, group["p"]):
-            case = kernels.case_for(tensors, factors, options)
-            if kernels.available(case):
-                step += 1
-                batch.add(case, tensors, kernels.scalars_for(case, int(step), options), seed, factors)
+        kernel = KERNELS[param.device.type] if fused and not eager_only else None
+        if kernel is not None and kernel.covers(tensors, factors, group["p"]):
+            case = kernel.case_for(tensors, factors, options)
+            if kernel.available(case):
+                batches[param.device.type].add(case, tensors, step, options, seed, factors)
                 return
         if decays and group["s_rate"] < 1:
             if "lp_s" not in state:  # below zero: not set yet
@@ -251,6 +261,17 @@ class LpAdamW(torch.optim.Optimizer):
                         kept = name in ("exp_avg", "exp_avg_sq") and not float32_moments[param]
                         dtype = param.dtype if kept else torch.float32
                         self.state[param][name] = value.detach().to(param.device, dtype, copy=True)
+        # The base class leaves the numbers of steps where the checkpoint was read to.
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                if "step" in state:
+                    state["step"] = state["step"].to(_counted_on(param, group), torch.float32)
+
+
+def _counted_on(param: Tensor, group: dict[str, Any]) -> torch.device | str:
+    """Where the steps of a parameter are counted: fused kernels read it, others ask for its value."""
+    return param.device if group["fused"] is not False and param.device.type in KERNELS else "cpu"
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:

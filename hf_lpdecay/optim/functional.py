@@ -220,7 +220,7 @@ def adamw_(tensors: list[tuple[Tensor, ...]], group: dict[str, Any], fused: bool
         exp_avg_sqs,
         [],
         steps,
-        foreach=params[0].is_cuda and not fused,
+        foreach=params[0].is_cuda and not fused and not torch.is_tensor(group["lr"]),  # which it does not take
         fused=fused,
         amsgrad=False,
         beta1=group["betas"][0],
@@ -278,7 +278,7 @@ def lp_decay_(
 def random_bits(numel: int, seed: int, offset: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """32 random bits for each of some consecutive elements, from a hash of their position ("lowbias32").
 
-    The kernel draws the same ones, and any split of a tensor into pieces gives the same ones.
+    The kernels draw the same ones, and any split of a tensor into pieces gives the same ones.
 
     Args:
         numel (`int`): How many.

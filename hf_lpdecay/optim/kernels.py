@@ -56,8 +56,9 @@ class Case(NamedTuple):
     moment: torch.dtype
 
 
-# What can be built at all can be built for this.
-ANY_NORM = Case(-1, False, False, False, torch.float32, torch.float32)
+def any_case(device: torch.device) -> Case:
+    """What can be built at all can be built for this."""
+    return Case(-1, False, False, False, torch.float32, torch.float32)
 
 
 def covers(tensors: tuple[Tensor, ...], factors: tuple[Tensor, Tensor] | None, p: float) -> bool:
@@ -73,7 +74,7 @@ def covers(tensors: tuple[Tensor, ...], factors: tuple[Tensor, Tensor] | None, p
         if param.dim() != 2 or [factor.shape for factor in factors] != [(param.shape[0], 1), (1, param.shape[1])]:
             return False
     return (
-        param.device.type == "cpu"
+        all(tensor.device == param.device for tensor in tensors)
         and param.dtype in _TYPES
         and grad.dtype == param.dtype
         and exp_avg.dtype in (torch.float32, param.dtype)
@@ -103,7 +104,7 @@ def available(case: Case) -> bool:
     """Whether the kernel can be had for a case; if not, one warning says why."""
     result = _build(case)
     if isinstance(result, str):
-        _warn_once(result)
+        warn_once(result)
         return False
     return True
 
@@ -142,7 +143,8 @@ def _build(case: Case) -> Callable[[bytes, int, int, int], None] | str:
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
+def warn_once(reason: str) -> None:
+    """Warn that there is no kernel, on one process and only the first time."""
     if os.environ.get("RANK", "0") == "0":
         logger.warning("%s LpAdamW works without its kernel, several times slower where the decay acts.", reason)
 
@@ -162,7 +164,8 @@ class Batch:
         self,
         case: Case,
         tensors: tuple[Tensor, ...],
-        scalars: tuple[float, ...],
+        step: Tensor | None,
+        options: dict[str, Any],
         seed: int | None = None,
         factors: tuple[Tensor, Tensor] | None = None,
     ) -> None:
@@ -171,10 +174,15 @@ class Batch:
         Args:
             case (`Case`): The kernel to use.
             tensors (`tuple[torch.Tensor, ...]`): Weights, gradient and the two moments.
-            scalars (`tuple[float, ...]`): From [`scalars_for`].
+            step (`torch.Tensor`, *optional*): Steps taken before this one, which adds one to it; not if the case is
+                `alone`.
+            options (`dict[str, Any]`): Keyword arguments of [`lp_adamw_`].
             seed (`int`, *optional*): Round bfloat16 stochastically, with these random bits; in [0, 2 ** 32).
             factors (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Importance of rows and columns.
         """
+        if step is not None:
+            step += 1
+        scalars = _scalars_for(case, 1 if step is None else int(step), options)
         numel, cols, addresses = tensors[0].numel(), 1, [0, 0]
         if factors is not None:
             factors = tuple(factor.to(torch.float32).contiguous() for factor in factors)
@@ -229,7 +237,7 @@ def case_for(
     return Case(norm, has_factors, post_step, alone, tensors[0].dtype, tensors[2].dtype)
 
 
-def scalars_for(case: Case, step: int, options: dict[str, Any]) -> tuple[float, ...]:
+def _scalars_for(case: Case, step: int, options: dict[str, Any]) -> tuple[float, ...]:
     """The numbers that the kernel takes.
 
     Args:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels
-from .adamw import check_number, check_p
+from .adamw import KERNELS, check_number, check_p
 from .functional import acts, lp_decay_, random_bits, stochastic_round
 from .pieces import factors_of, local, pieces_of
 
@@ -222,15 +221,16 @@ class LpDecay(torch.optim.Optimizer):
         return {"param": param, "group": group, "plan": plan, "options": options, "decays": decays, "before": before}
 
     def _decay(self, kept: list[dict[str, Any]]) -> None:
-        batch = kernels.Batch()
+        batches = {device: kernel.Batch() for device, kernel in KERNELS.items()}
         for this in kept:
             if this["param"].grad is not None and (this["decays"] or this["options"]["freeze_zeros"]):
-                self._decay_one(batch, **this)
-        batch.run()
+                self._decay_one(batches, **this)
+        for batch in batches.values():
+            batch.run()
 
     def _decay_one(
         self,
-        batch: kernels.Batch,
+        batches: dict[str, Any],
         param: Tensor,
         group: dict[str, Any],
         plan: dict[str, Any],
@@ -242,19 +242,14 @@ class LpDecay(torch.optim.Optimizer):
         before = weight if before is None else before
         factors, by_unit = factors_of(plan, weight) if decays else (None, False)
         pattern = group.get("pattern") if decays else None
-        seed = int(torch.randint(1 << 32, ())) if low_precision else None
+        seed = int(torch.randint(1 << 32, (), device="cpu")) if low_precision else None
         tensors = (weight, before, weight, weight)
         contiguous = weight.is_contiguous() and before.is_contiguous()
-        if (
-            contiguous
-            and pattern is None
-            and not by_unit
-            and before.dtype == weight.dtype
-            and kernels.covers(tensors, factors, group["p"])
-        ):
-            case = kernels.case_for(tensors, factors, options, alone=True)
-            if kernels.available(case):
-                batch.add(case, tensors, kernels.scalars_for(case, 1, options), seed, factors)
+        kernel = KERNELS.get(weight.device.type) if contiguous and pattern is None and not by_unit else None
+        if kernel is not None and before.dtype == weight.dtype and kernel.covers(tensors, factors, group["p"]):
+            case = kernel.case_for(tensors, factors, options, alone=True)
+            if kernel.available(case):
+                batches[weight.device.type].add(case, tensors, None, options, seed, factors)
                 return
         for pieces, (row, col), offset in pieces_of((weight, before), factors, plan.get("lp_rows", 1), pattern):
             piece = pieces[0].float() if low_precision else pieces[0]
