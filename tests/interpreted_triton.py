@@ -307,3 +307,17 @@ def test_what_the_kernel_does_not_cover_is_updated_all_the_same(monkeypatch):
         param.grad = torch.ones_like(param)
         LpAdamW([param], **OPTIONS, **options).step()
         assert (param != 1).all()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_that_goes_wrong_is_noticed_and_not_used(monkeypatch, alone, factors, dtype):
+    case = triton_kernel.Case(torch.device("cpu"), factors, factors and alone, alone, dtype, aligned=not factors)
+    triton_kernel._build.cache_clear()
+    assert triton_kernel.available(case)
+    monkeypatch.setattr(triton_kernel, "_log2", lambda x: math.log2(x) + 0.2 if x > 0 else -math.inf)
+    triton_kernel._build.cache_clear()
+    with pytest.raises(RuntimeError, match="goes wrong as Triton compiles it for cpu"):
+        triton_kernel.build(case)
+    triton_kernel._build.cache_clear()

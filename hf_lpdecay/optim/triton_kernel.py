@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .functional import acts
+from .functional import acts, low_precision_lp_adamw_, lp_decay_
 
 
 _ROW = struct.Struct("=12q11d8x")  # of one_pass.py's table
@@ -117,9 +117,43 @@ def _build(case: Case) -> str | None:
             for captured in (False, True):
                 source.prepare[(1,)](table, numbers, 1, captured, _PREPARE_BLOCK, num_warps=_PREPARE_WARPS)
             source.update[(1,)](programs, table, numbers, *_constants(case), num_warps=_WARPS)
+        if not _agrees(case):
+            return f"The optimizer's kernel goes wrong as Triton compiles it for {device} (please report it)."
     except Exception as error:  # Triton, its compiler, its assembler and its driver have one of their own each
         return f"The optimizer's kernel could not be compiled by Triton: {type(error).__name__}: {str(error)[-500:]}"
     return None
+
+
+def _agrees(case: Case) -> bool:
+    """Whether a step is the one in torch operations, on random numbers: not every GPU and compiler is tested."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (16, 64) if case.aligned else (17, 61)
+
+    def randn(std: float, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).mul_(std).to(case.device, dtype)
+
+    weight, grad = randn(0.1, case.weight), randn(0.01 if not case.alone else 0.1, case.weight)
+    exp_avg, exp_avg_sq = randn(0.01, case.moment), randn(0.01, case.moment).square()
+    row, col = (torch.linspace(0.5, 2.0, size, device=case.device) for size in shape)
+    factors = (row[:, None], col[None]) if case.factors else None
+    options = {"lr": 1e-2, "lp_lambda": 1.0, "p": 0.5, "threshold": 0.08}
+    adamw = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05}
+    adamw |= {"freeze_zeros": False, "post_step": case.post_step}
+    ours = tuple(tensor.clone() for tensor in (weight, grad, exp_avg, exp_avg_sq))
+    batch = Batch()
+    step = None if case.alone else torch.zeros((), device=case.device)
+    batch.add(case, ours, step, {**options, **adamw}, factors=factors)
+    batch.run()
+    broadcast = dict(zip(("row", "col"), factors or (None, None)))
+    if case.alone:
+        after = weight.float()
+        lp_decay_(after, (weight if case.post_step else grad).float().abs(), **options, **broadcast)
+        weight = after
+    else:
+        moments = (exp_avg, exp_avg_sq, torch.zeros(()))
+        low_precision_lp_adamw_(weight, grad, *moments, bits=None, **options, **adamw, **broadcast)
+    tolerance = 1e-3 if case.weight == torch.float32 else 2e-2
+    return torch.allclose(ours[0].float(), weight.float(), rtol=tolerance, atol=tolerance * 1e-2)
 
 
 def _source():
