@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from hf_lpdecay import LpAdamW, LpDecay, LpDecayConfig, LpDecayTrainer
+from hf_lpdecay.sparsity import Ramp, SparsityController
 
 
 SMOLLM2 = LlamaConfig(
@@ -81,6 +82,21 @@ class Naive:
             param.mul_(1 / (1 + ADAMW["lr"] * DECAY["lp_lambda"] * w.abs().pow(self.p - 2)))
 
 
+class Planner:
+    """Not a step but a plan, which a run makes every so many steps: what of all matrices is due to be zero next."""
+
+    def __init__(self, params: list[Tensor], scope: str):
+        config = LpDecayConfig(p=0.5, target_sparsity=0.5, scope=scope)
+        self.optimizer = LpAdamW(params, **ADAMW)
+        self.state = self.optimizer.state
+        self.ramp = Ramp.from_config(config, 1000)
+        matrices = {str(i): param for i, param in enumerate(params) if param.dim() == 2}
+        self.controller = SparsityController(config, matrices, self.optimizer, self.ramp)
+
+    def step(self) -> None:
+        self.controller.after_step(self.ramp.start, lambda steps: [1.0])
+
+
 def rivals(params: list[Tensor]) -> dict[str, Any]:
     """The optimizers to compare, all over the same weights, gradients and moments."""
     optimizers = {
@@ -95,6 +111,8 @@ def rivals(params: list[Tensor]) -> dict[str, Any]:
     optimizers["LpAdamW, p = 0.8, fused=False"] = LpAdamW(params, **ADAMW, **DECAY, p=0.8, fused=False)
     optimizers["LpDecay(AdamW), p = 0.8"] = LpDecay(torch.optim.AdamW(params, **ADAMW, fused=True), **DECAY, p=0.8)
     optimizers["naive: clone, AdamW, pow, mul"] = Naive(params, p=0.8)
+    for scope in ("layer", "global"):
+        optimizers[f"a plan, scope={scope}"] = Planner(params, scope)
     for param in params:
         moments = {"exp_avg": torch.randn_like(param) * 1e-3, "exp_avg_sq": torch.rand_like(param) * 1e-6}
         for optimizer in optimizers.values():
