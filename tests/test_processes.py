@@ -37,6 +37,7 @@ def trained(folder, lp_config, **options):
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((folder / "result.json").read_text())
     assert result["parameters"] == ("DTensor" if "state_dict_type" in options else "Parameter")
+    assert result["computed_in"] == ["torch.bfloat16" if "bf16" in options else "torch.float32"]
     return result["logs"]
 
 
@@ -79,13 +80,20 @@ def test_two_processes_go_on_as_one_and_one_as_two(uninterrupted, tmp_path):
         assert found[-1]["sparsity"] == expected[-1]["sparsity"] == 0.5
 
 
+NEURONS = {"p": 0.5, "target_sparsity": 0.3, "pattern": "neurons", "calibration_batches": 2}
+ACCUMULATED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
+
+
 @pytest.mark.parametrize(
-    "config", [GLOBAL, {"p": 0.5, "target_sparsity": 0.3, "pattern": "neurons", "calibration_batches": 2}]
+    ("config", "options", "near"),
+    [(GLOBAL, ACCUMULATED, 1e-3), (NEURONS, {}, 1e-3), (GLOBAL, {**ACCUMULATED, "bf16": True}, 2e-2)],
+    ids=["accumulated and clipped", "neurons", "bf16"],
 )
-def test_two_shards_end_as_one_process_on_the_same_batches(tmp_path, config):
-    logs = trained(tmp_path / "two", config, state_dict_type="FULL_STATE_DICT")
-    one, expected = alone(tmp_path / "one", config)
-    assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in expected], abs=1e-3)
+def test_two_shards_end_as_one_process_on_the_same_batches(tmp_path, config, options, near):
+    logs = trained(tmp_path / "two", config, state_dict_type="FULL_STATE_DICT", **options)
+    one, expected = alone(tmp_path / "one", config, **options)
+    assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in expected], abs=near)
+    assert any(log["grad_norm"] > 2 * options.get("max_grad_norm", 0.0) for log in logs)  # clipped, and much
     assert logs[-1]["sparsity"] == expected[-1]["sparsity"]
     saved = load_file(tmp_path / "two" / "model.safetensors")
     for name, param in one.model.named_parameters():
