@@ -1,4 +1,4 @@
-"""One of several processes that train a tiny Llama with FSDP2 on the CPU; see test_processes.py.
+"""One of several processes that train a tiny Llama on the CPU; see test_processes.py.
 
 torchrun --standalone --nproc_per_node 2 tests/worker.py '{"output_dir": "out", ...}'
 """
@@ -55,7 +55,7 @@ def main(options: dict) -> None:
     trainer_cls = CpuFsdp2Trainer if CpuFsdp2Trainer.state_dict_type else LpDecayTrainer
     folder, resume = options.pop("output_dir"), options.pop("resume", None)
     callbacks = [Kill(options.pop("kill_at"))] if "kill_at" in options else None
-    model = tiny_llama(tie_word_embeddings=False, attention_dropout=0.0)
+    model = tiny_llama(tie_word_embeddings=False, attention_dropout=0.0, **options.pop("model", {}))
     trainer = trainer_for(folder, config, trainer_cls=trainer_cls, model=model, callbacks=callbacks, **options)
     computed_in = set()
     projection = model.model.layers[0].self_attn.q_proj
