@@ -128,7 +128,7 @@ def test_a_pattern_whose_rows_lie_in_different_processes_is_refused(tmp_path):
 
 
 needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (pip install deepspeed)"
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"
 )
 # Weights that two processes cannot share equally: the second one's range begins within a row, and is filled up.
 ODD = {"hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 63}

@@ -21,8 +21,8 @@ def test_ranges_make_the_whole(shape, processes):
     filled = torch.cat([weight.view(-1), torch.full((processes * size - weight.numel(),), 9.0)])
     put_together, factors = torch.zeros(shape), []
     for rank, partition in enumerate(filled.split(size)):
-        start = rank * size
-        numel = min(max(weight.numel() - start, 0), size)
+        start = min(rank * size, weight.numel())
+        numel = min(weight.numel() - start, size)
         one = WeightRange(weight, partition, start, numel, None)
         rows, values = one.by_row(partition)
         put_together[rows] += values

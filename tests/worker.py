@@ -50,6 +50,11 @@ class Kill(TrainerCallback):
 
 def main(options: dict) -> None:
     torch.set_num_threads(1)
+    if "deepspeed" in options:
+        import deepspeed
+
+        # It would be compiled at its first use, for a minute, and spares gloo within one machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = LpDecayConfig(**options.pop("lp_config"))
     CpuFsdp2Trainer.state_dict_type = options.pop("state_dict_type", None)
     trainer_cls = CpuFsdp2Trainer if CpuFsdp2Trainer.state_dict_type else LpDecayTrainer

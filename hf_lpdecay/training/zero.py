@@ -6,6 +6,7 @@ element by itself, needs nothing else. What looks at weights as a whole is here:
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class WeightRange:
     Args:
         weight (`nn.Parameter`): The whole weight, shape (n, m), as the model has it.
         partition (`torch.Tensor`): What the optimizer steps, one-dimensional, filled up with zeros.
-        start (`int`): Position of its first element in the weight.
+        start (`int`): Position of its first element in the weight; the weight's end if it holds nothing of it.
         numel (`int`): How many elements of the weight it holds; the others only fill it up.
         group (`ProcessGroup`): The processes that hold the other ranges.
     """
@@ -40,35 +41,34 @@ class WeightRange:
     def by_row(self, values: Tensor) -> tuple[slice, Tensor]:
         """Put values of the elements, shape (partition,), into the rows that they are from, which are filled up with
         zeros: which rows of the weight, and the values, shape (rows, m)."""
-        rows, inside, end = self._rows()
-        padded = F.pad(values[: self.numel], (inside, end - inside - self.numel))
-        return rows, padded.view(-1, self.weight.shape[1]) if self.numel else padded.view(0, self.weight.shape[1])
+        rows, inside = self._rows()
+        width, height = self.weight.shape[1], rows.stop - rows.start
+        padded = F.pad(values[: self.numel], (inside, height * width - inside - self.numel))
+        return rows, padded.view(height, width)
 
     def flat(self, row: Tensor, col: Tensor) -> Tensor:
         """What factors of rows (n, 1) and columns (1, m) make for the elements, shape (partition,), with zeros at the
         end."""
-        rows, inside, _ = self._rows()
+        rows, inside = self._rows()
         mine = (row[rows] * col).view(-1)[inside : inside + self.numel]
         return F.pad(mine, (0, self.partition.numel() - self.numel))
 
-    def _rows(self) -> tuple[slice, int, int]:
-        """The rows that are touched, the position of the first element in them, and their number of elements."""
+    def _rows(self) -> tuple[slice, int]:
+        """The rows that are touched, and the position of the first element in them."""
         width = self.weight.shape[1]
-        first = self.start // width
-        last = math.ceil((self.start + self.numel) / width) if self.numel else first
-        inside = self.start % width if self.numel else 0
-        return slice(first, last), inside, (last - first) * width
+        return slice(self.start // width, math.ceil((self.start + self.numel) / width)), self.start % width
 
 
 class ZeroMixin:
     """A controller of the ranges that this process holds. Put it in front of a [`SparsityController`].
 
     Args:
-        config, optimizer, kwargs: As for the controller; `optimizer` is DeepSpeed's.
+        config, args: As for the controller.
         ranges (`dict[str, WeightRange]`): From [`find_ranges`].
+        optimizer (`DeepSpeedZeroOptimizer`): DeepSpeed's, with the controller's inside.
     """
 
-    def __init__(self, config: LpDecayConfig, ranges: dict[str, WeightRange], optimizer, *args):
+    def __init__(self, config: LpDecayConfig, ranges: dict[str, WeightRange], optimizer: Any, *args: Any):
         self._ranges = {one.partition: one for one in ranges.values()}
         super().__init__(config, {name: one.partition for name, one in ranges.items()}, optimizer, *args)
 
@@ -144,14 +144,14 @@ def find_ranges(optimizer: AcceleratedOptimizer, params: dict[str, nn.Parameter]
     for weights, partition, size, group in zip(
         zero.bit16_groups, zero.single_partition_of_fp32_groups, zero.partition_size, zero.real_dp_process_group
     ):
-        start = torch.distributed.get_rank(group) * size
         for weight in filter(names.get, weights):
             if len(weights) > 1:
                 raise ValueError(
                     f"{names[weight]} shares its optimizer group with other parameters, so that DeepSpeed mixes them:"
                     " use LpDecayTrainer or LpDecayMixin, which give it one of its own."
                 )
-            numel = min(max(weight.numel() - start, 0), size)
+            start = min(torch.distributed.get_rank(group) * size, weight.numel())
+            numel = min(weight.numel() - start, size)
             found[names[weight]] = WeightRange(weight, partition, start, numel, group)
     return {name: found[name] for name in params}
 
@@ -178,10 +178,16 @@ def check_zero(plugin: DeepSpeedPlugin, config: LpDecayConfig) -> None:
             " Trainer makes an LpAdamW."
         )
     zero = settings.get("zero_optimization", {})
-    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none" or zero.get("elastic_checkpoint"):
-        raise ValueError(
-            "hf_lpdecay does not support DeepSpeed's offload_optimizer and elastic_checkpoint: leave them out."
-        )
+    for option, given in (
+        ("offload_optimizer", (zero.get("offload_optimizer") or {}).get("device", "none") != "none"),
+        ("elastic_checkpoint", zero.get("elastic_checkpoint")),
+        ("load_universal", settings.get("checkpoint", {}).get("load_universal")),
+    ):
+        if given:
+            raise ValueError(
+                f"hf_lpdecay does not support DeepSpeed's {option}, which moves what the optimizer steps away from"
+                " where the decay counts it: leave it out, or use FSDP2."
+            )
     for option, value, works in (
         ("pattern", config.pattern, ("unstructured",)),
         ("importance", config.importance, (None, "magnitude", "adam")),
