@@ -114,12 +114,18 @@ def test_a_checkpoint_without_the_decay_is_not_gone_on_with(tmp_path):
             make(tmp_path / "b", TARGET).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 
+def test_a_checkpoint_without_the_optimizer_is_not_gone_on_with(tmp_path):
+    trainer_for(tmp_path, TARGET, save_strategy="steps", save_steps=15, save_only_model=True).train()
+    with pytest.raises(ValueError, match="Nothing of the optimizer was loaded from the checkpoint at step 15"):
+        trainer_for(tmp_path, TARGET).train(resume_from_checkpoint=str(tmp_path / "checkpoint-15"))
+
+
 @pytest.mark.parametrize(
     "kind, version, message",
     [
         (DistributedType.FSDP, 1, r"does not support FSDP1, .* use FSDP2 \(fsdp_version: 2\), or DDP"),
         (DistributedType.MULTI_CPU, 2, "FSDP was asked for, but accelerate has set up MULTI_CPU"),
-        (DistributedType.DEEPSPEED, None, "does not support DEEPSPEED"),
+        (DistributedType.MEGATRON_LM, None, "does not support MEGATRON_LM"),
     ],
 )
 def test_sharding_that_is_not_supported_is_refused_by_both_ways(tmp_path, monkeypatch, kind, version, message):

@@ -323,6 +323,8 @@ def test_pieces_give_what_the_whole_gives(monkeypatch, planned):
                     lp_row=torch.linspace(1, 2, param.shape[0], dtype=torch.float64)[:, None],
                     lp_col=torch.linspace(1, 2, param.shape[1], dtype=torch.float64)[None],
                 )
+            flat = torch.linspace(1, 2, 40, dtype=torch.float64)  # as under DeepSpeed
+            optimizer.state[params[1]].update(lp_threshold=1.0, lp_row=flat, lp_col=flat.new_ones(1))
         for step in range(5):
             set_grads(params, step)
             optimizer.step()

@@ -1,5 +1,6 @@
-"""Two real processes, with DDP and with FSDP2, where each holds half of every parameter."""
+"""Two real processes, with DDP, FSDP2 and DeepSpeed's ZeRO; with the latter two each holds half of every parameter."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -21,7 +22,12 @@ def launch(folder, lp_config, **options):
     options = {"output_dir": str(folder), "lp_config": lp_config, "per_device_train_batch_size": 2, **options}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = [str(HERE), str(HERE.parent / "recipes"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
     done = subprocess.run(
         [*command, str(HERE / "worker.py"), json.dumps(options)],
         capture_output=True,
@@ -37,12 +43,13 @@ def trained(folder, lp_config, **options):
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((folder / "result.json").read_text())
     assert result["parameters"] == ("DTensor" if "state_dict_type" in options else "Parameter")
+    assert result["computed_in"] == ["torch.bfloat16" if "bf16" in options else "torch.float32"]
     return result["logs"]
 
 
 def alone(folder, config, resume=None, **options):
     """The same in one process, on the same batches."""
-    model = tiny_llama(tie_word_embeddings=False, attention_dropout=0.0)
+    model = tiny_llama(tie_word_embeddings=False, attention_dropout=0.0, **options.pop("model", {}))
     trainer = trainer_for(folder, LpDecayConfig(**config), model=model, **options)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, [log for log in trainer.state.log_history if "loss" in log]
@@ -79,13 +86,20 @@ def test_two_processes_go_on_as_one_and_one_as_two(uninterrupted, tmp_path):
         assert found[-1]["sparsity"] == expected[-1]["sparsity"] == 0.5
 
 
+NEURONS = {"p": 0.5, "target_sparsity": 0.3, "pattern": "neurons", "calibration_batches": 2}
+ACCUMULATED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
+
+
 @pytest.mark.parametrize(
-    "config", [GLOBAL, {"p": 0.5, "target_sparsity": 0.3, "pattern": "neurons", "calibration_batches": 2}]
+    ("config", "options", "near"),
+    [(GLOBAL, ACCUMULATED, 1e-3), (NEURONS, {}, 1e-3), (GLOBAL, {**ACCUMULATED, "bf16": True}, 2e-2)],
+    ids=["accumulated and clipped", "neurons", "bf16"],
 )
-def test_two_shards_end_as_one_process_on_the_same_batches(tmp_path, config):
-    logs = trained(tmp_path / "two", config, state_dict_type="FULL_STATE_DICT")
-    one, expected = alone(tmp_path / "one", config)
-    assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in expected], abs=1e-3)
+def test_two_shards_end_as_one_process_on_the_same_batches(tmp_path, config, options, near):
+    logs = trained(tmp_path / "two", config, state_dict_type="FULL_STATE_DICT", **options)
+    one, expected = alone(tmp_path / "one", config, **options)
+    assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in expected], abs=near)
+    assert any(log["grad_norm"] > 2 * options.get("max_grad_norm", 0.0) for log in logs)  # clipped, and much
     assert logs[-1]["sparsity"] == expected[-1]["sparsity"]
     saved = load_file(tmp_path / "two" / "model.safetensors")
     for name, param in one.model.named_parameters():
@@ -111,3 +125,45 @@ def test_a_pattern_whose_rows_lie_in_different_processes_is_refused(tmp_path):
     done = launch(tmp_path, config, state_dict_type="FULL_STATE_DICT")
     assert done.returncode != 0
     assert "pattern='block:4x4' needs 4 rows of model.layers.0.self_attn.q_proj.weight in one process" in done.stderr
+
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"
+)
+# Weights that two processes cannot share equally: the second one's range begins within a row, and is filled up.
+ODD = {"hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 63}
+
+
+def zero(stage):
+    sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+    settings = {**sizes, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
+    return {**settings, "zero_optimization": {"stage": stage}}
+
+
+@needs_deepspeed
+def test_zero_2_ends_as_one_process_on_the_same_batches(tmp_path):
+    options = {**ACCUMULATED, "model": ODD}
+    logs = trained(tmp_path / "two", GLOBAL, deepspeed=zero(2), **options)
+    one, expected = alone(tmp_path / "one", GLOBAL, **options)
+    assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in expected], abs=1e-3)
+    assert [log["lp_lambda"] for log in logs] == pytest.approx([log["lp_lambda"] for log in expected], rel=1e-3)
+    saved = load_file(tmp_path / "two" / "model.safetensors")
+    for name, param in one.model.named_parameters():
+        assert (saved[name] == 0).sum() == pytest.approx(int((param == 0).sum()), abs=0.01 * param.numel()), name
+    zeros = [sum(int((t == 0).sum()) for t in weights) for weights in (saved.values(), one.model.parameters())]
+    assert zeros[0] == zeros[1] and logs[-1]["sparsity"] == expected[-1]["sparsity"] == pytest.approx(0.5, abs=1e-4)
+
+
+@needs_deepspeed
+def test_zero_1_in_bfloat16_is_resumed_to_the_bits_of_a_run_without_interruption(tmp_path):
+    config, options = {"p": 0.5, "target_sparsity": 0.5}, {"deepspeed": zero(1), "bf16": True, **SAVING}
+    whole = trained(tmp_path / "whole", config, **options)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-12")  # between two plans
+    assert trained(tmp_path / "resumed", config, **options, resume=checkpoint)[-1] == whole[-1]
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert all((a[name] == b[name]).all() for name in a)
+    _, expected = alone(tmp_path / "one", config, bf16=True)
+    assert [log["loss"] for log in whole] == pytest.approx([log["loss"] for log in expected], abs=2e-2)
+    assert whole[-1]["sparsity"] == expected[-1]["sparsity"] == 0.5
+    with pytest.raises(ValueError, match="Nothing of the optimizer was loaded from the checkpoint at step 12"):
+        alone(tmp_path / "one", config, resume=checkpoint)

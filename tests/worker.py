@@ -1,6 +1,6 @@
-"""One of several processes that train a tiny Llama with FSDP2 on the CPU; see test_fsdp2.py.
+"""One of several processes that train a tiny Llama on the CPU; see test_processes.py.
 
-torchrun --standalone --nproc_per_node 2 tests/fsdp2_worker.py '{"output_dir": "out", ...}'
+torchrun --standalone --nproc_per_node 2 tests/worker.py '{"output_dir": "out", ...}'
 """
 
 import json
@@ -30,6 +30,8 @@ class CpuFsdp2Trainer(LpDecayTrainer):
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
             state_dict_type=self.state_dict_type,
         )
+        if self.args.bf16:  # as accelerate does it: a MixedPrecisionPolicy with param_dtype=bfloat16
+            plugin.set_mixed_precision("bf16")
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
         self.is_fsdp_enabled = True
@@ -48,20 +50,29 @@ class Kill(TrainerCallback):
 
 def main(options: dict) -> None:
     torch.set_num_threads(1)
+    if "deepspeed" in options:
+        import deepspeed
+
+        # It would be compiled at its first use, for a minute, and spares gloo within one machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = LpDecayConfig(**options.pop("lp_config"))
     CpuFsdp2Trainer.state_dict_type = options.pop("state_dict_type", None)
     trainer_cls = CpuFsdp2Trainer if CpuFsdp2Trainer.state_dict_type else LpDecayTrainer
     folder, resume = options.pop("output_dir"), options.pop("resume", None)
     callbacks = [Kill(options.pop("kill_at"))] if "kill_at" in options else None
-    model = tiny_llama(tie_word_embeddings=False, attention_dropout=0.0)
+    model = tiny_llama(tie_word_embeddings=False, attention_dropout=0.0, **options.pop("model", {}))
     trainer = trainer_for(folder, config, trainer_cls=trainer_cls, model=model, callbacks=callbacks, **options)
+    computed_in = set()
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.register_forward_pre_hook(lambda module, args: computed_in.add(str(module.weight.dtype)))
     trainer.train(resume_from_checkpoint=resume)
     sharded = type(next(trainer.model.parameters())).__name__
     trainer.save_model()
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "loss" in log]
         with open(os.path.join(folder, "result.json"), "w") as file:
-            json.dump({"parameters": sharded, "logs": logs}, file)
+            json.dump({"parameters": sharded, "computed_in": sorted(computed_in), "logs": logs}, file)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def pieces_of(
     Args:
         tensors (`tuple[torch.Tensor, ...]`): What is split, all of one shape.
         factors (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Importance of rows and columns; pieces are then
-            whole rows.
+            whole rows, which in a flat tensor are its elements.
         unit (`int`, *optional*, defaults to 1): How many rows must stay together.
         pattern (`str`, *optional*): If given, pieces are whole rows as well.
 
@@ -63,8 +63,8 @@ def pieces_of(
     if factors is None and pattern is None and all(tensor.is_contiguous() for tensor in tensors):
         for offset, pieces in enumerate(zip(*(tensor.view(-1).split(piece) for tensor in tensors))):
             yield pieces, (None, None), offset * piece
-    elif len(shape) < 2:
-        yield tensors, factors or (None, None), 0
+    elif len(shape) < 2 and factors is None:
+        yield tensors, (None, None), 0
     else:
         width = tensors[0].numel() // max(1, shape[0])
         rows = max(1, piece // max(1, width) // unit) * unit

@@ -12,7 +12,7 @@ from .importance import importance_from_activations, importance_from_adam, impor
 from .patterns import parse_pattern
 from .quantiles import histogram, kth_smallest, lower_edges
 from .schedule import MIN_IMPORTANCE_STEPS, Ramp, norm
-from .sharding import before_mine, is_sharded, placed_like, summed, summed_rows
+from .sharding import before_mine, groups_of, is_sharded, placed_like, summed, summed_rows
 from .units import Units
 
 
@@ -132,8 +132,8 @@ class SparsityController:
     def lp_lambda(self) -> float:
         """The strength that is planned now, averaged over the selected weights."""
         state = self.optimizer.state
-        numel = sum(param.numel() for param in self.params.values())
-        return sum(state[p].get("lp_lambda", 0.0) * p.numel() for p in self.params.values()) / numel
+        sizes = {param: self._numel(param) for param in self.params.values()}
+        return sum(state[param].get("lp_lambda", 0.0) * size for param, size in sizes.items()) / sum(sizes.values())
 
     def _weigh(self, step: int) -> None:
         """Bring the importance up to date."""
@@ -150,8 +150,7 @@ class SparsityController:
     def _plan(self, step: int, following: int, summed_lr: list[float]) -> None:
         sparsity, p = self.ramp.sparsity(following), norm(self.config, self.ramp.progress(step))
         counts = torch.stack([sum(histogram(size) for size in self._sizes(pool)) for pool in self._pools])
-        if not self._units:  # whose sizes are everywhere the same
-            counts = summed_rows(counts, [pool[0] for pool in self._pools])
+        counts = summed_rows(counts, [self._groups(pool) for pool in self._pools])
         edges = lower_edges(counts, [max(1, self._count(pool, sparsity)) for pool in self._pools])
         thresholds = {param: edge for pool, edge in zip(self._pools, edges) for param in self._params_of(pool)}
         self._freeze_zeros()
@@ -203,7 +202,7 @@ class SparsityController:
     def _count(self, pool: list[Tensor | Units], sparsity: float) -> int:
         if self._units:
             return round(sparsity * sum(units.count for units in pool))
-        return self.pattern.count(sparsity, sum(param.numel() for param in pool))
+        return self.pattern.count(sparsity, sum(map(self._numel, pool)))
 
     def _params_of(self, pool: list[Tensor | Units]) -> list[Tensor]:
         return [param for units in pool for param in units.params] if self._units else pool
@@ -229,10 +228,11 @@ class SparsityController:
         if count == 0:
             yield from (torch.zeros_like(size, dtype=torch.bool) for size in self._sizes(pool))
             return
-        threshold, below = kth_smallest(lambda: self._sizes(pool), lambda counts: self._summed(counts, pool), count)
+        groups = self._groups(pool)
+        threshold, below = kth_smallest(lambda: self._sizes(pool), lambda counts: summed(counts, groups), count)
         spare = count - below
         equals = torch.stack([(size == threshold).sum() for size in self._sizes(pool)])
-        before, total = (equals * 0, equals) if self._units else before_mine(equals, pool[0])
+        before, total = before_mine(equals, groups)
         # Tensor by tensor, and piece by piece within each.
         first = (total.cumsum(0) - total + before).tolist()
         for size, skip in zip(self._sizes(pool), first):
@@ -242,9 +242,13 @@ class SparsityController:
             gone.view(-1)[equal] = True
             yield gone
 
-    def _summed(self, counts: Tensor, pool: list[Tensor | Units]) -> Tensor:
-        """Over all processes, where each has counted its own pieces."""
-        return counts if self._units else summed(counts, pool)
+    def _numel(self, param: Tensor) -> int:
+        """Of the whole parameter, whatever part of it is here."""
+        return param.numel()
+
+    def _groups(self, pool: list[Tensor | Units]) -> list[torch.distributed.ProcessGroup]:
+        """The processes that count their own pieces; the sizes of units are everywhere the same."""
+        return [] if self._units else groups_of(pool[0])
 
     def _selected(self, group: dict) -> list[Tensor]:
         return [param for param in group["params"] if id(param) in self._ids]

@@ -26,13 +26,13 @@ def importance_from_adam(params: list[Tensor], dims: dict[Tensor, int], state: d
         if "exp_avg_sq" in state[param]:
             moment = state[param]["exp_avg_sq"]
             means[param] = whole(moment.mean(1, keepdim=True)), whole(moment.mean(0, keepdim=True))
-    _write_factors(means, state, together)
+    write_factors(means, state, together)
 
 
 def importance_from_calibration(params: list[Tensor], dims: dict[Tensor, int], state: dict, together: bool) -> None:
     """The same from the squared gradients of [`calibrate`], before AdamW's second moment says much."""
     means = {param: (state[param]["lp_row_sq"], state[param]["lp_col_sq"]) for param in params}
-    _write_factors(means, state, together)
+    write_factors(means, state, together)
 
 
 def importance_from_activations(params: list[Tensor], dims: dict[Tensor, int], state: dict, together: bool) -> None:
@@ -45,14 +45,19 @@ def importance_from_activations(params: list[Tensor], dims: dict[Tensor, int], s
             outputs, inputs = square.mean().expand(param.shape[1 - dims[param]]), square
             rows, columns = (outputs, inputs) if dims[param] == 1 else (inputs, outputs)
             means[param] = rows[:, None].to(param.dtype), columns[None].to(param.dtype)
-    _write_factors(means, state, together)
+    write_factors(means, state, together)
 
 
-def _write_factors(means: dict[Tensor, tuple[Tensor, Tensor]], state: dict, together: bool) -> None:
+def write_factors(means: dict[Tensor, tuple[Tensor, Tensor]], state: dict, together: bool) -> None:
     """From the mean squares of rows (n, 1) and columns (1, m) to the factors.
 
     The mean square that counts as 1 is each tensor's own or, where tensors are compared, that of all. Tensors of which
     nothing has been seen yet go by their magnitude.
+
+    Args:
+        means (`dict[torch.Tensor, tuple]`): Mean squares by weight.
+        state (`dict`): Where the factors go, by weight.
+        together (`bool`): Whether the weights of different tensors are compared.
     """
     seen = {param: mean for param, (rows, _) in means.items() if (mean := rows.mean()) > 0}
     if together:

@@ -5,6 +5,7 @@ Everything here does nothing for ordinary tensors.
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
@@ -34,44 +35,44 @@ def placed_like(vector: Tensor, param: Tensor) -> Tensor:
     return distribute_tensor(vector, param.device_mesh, placements, src_data_rank=None)
 
 
-def summed(counts: Tensor, params: list[Tensor]) -> Tensor:
-    """Sum what each process has counted in its pieces of `params`: one small all-reduce per mesh dimension."""
-    if isinstance(params[0], DTensor):
-        for group in _groups(params[0]):
-            torch.distributed.all_reduce(counts, group=group)
+def groups_of(param: Tensor) -> list[ProcessGroup]:
+    """The processes that hold different pieces of a parameter, innermost first; none if this one holds it all."""
+    if not isinstance(param, DTensor):
+        return []
+    mesh = param.device_mesh
+    sharded = [dim for dim, placement in enumerate(param.placements) if placement.is_shard()]
+    return [mesh.get_group(dim) for dim in reversed(sharded)]
+
+
+def summed(counts: Tensor, groups: list[ProcessGroup]) -> Tensor:
+    """Sum what each process has counted in its pieces: one small all-reduce per group, see [`groups_of`]."""
+    for group in groups:
+        torch.distributed.all_reduce(counts, group=group)
     return counts
 
 
-def summed_rows(counts: Tensor, params: list[Tensor]) -> Tensor:
-    """Sum what each process has counted in its pieces of several parameters, row by row of `counts`, in one go."""
-    rows: dict[tuple, list[int]] = {}
-    for row, param in enumerate(params):
-        if isinstance(param, DTensor):
-            rows.setdefault((param.device_mesh, param.placements), []).append(row)
-    for together in rows.values():
-        counts[together] = summed(counts[together], [params[together[0]]])
+def summed_rows(counts: Tensor, groups: list[list[ProcessGroup]]) -> Tensor:
+    """Sum each row of `counts` over its groups, all rows of the same groups in one go."""
+    rows: dict[tuple[ProcessGroup, ...], list[int]] = {}
+    for row, its_groups in enumerate(groups):
+        rows.setdefault(tuple(its_groups), []).append(row)
+    for its_groups, together in rows.items():
+        if its_groups:
+            counts[together] = summed(counts[together], list(its_groups))
     return counts
 
 
-def before_mine(counts: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
+def before_mine(counts: Tensor, groups: list[ProcessGroup]) -> tuple[Tensor, Tensor]:
     """How many entries the pieces in front of this process's hold, and how many all hold.
 
     Args:
         counts (`torch.Tensor`): This process's number of entries, for each tensor of a list, int64.
-        param (`torch.Tensor`): One of the tensors.
+        groups (`list[ProcessGroup]`): See [`groups_of`].
     """
     total, before = counts.clone(), torch.zeros_like(counts)
-    if isinstance(param, DTensor):
-        for group in _groups(param):
-            parts = [torch.zeros_like(total) for _ in range(torch.distributed.get_world_size(group))]
-            torch.distributed.all_gather(parts, total, group=group)
-            before += sum(parts[: torch.distributed.get_rank(group)], torch.zeros_like(total))
-            total = sum(parts)
+    for group in groups:
+        parts = [torch.zeros_like(total) for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather(parts, total, group=group)
+        before += sum(parts[: torch.distributed.get_rank(group)], torch.zeros_like(total))
+        total = sum(parts)
     return before, total
-
-
-def _groups(param: DTensor) -> list[torch.distributed.ProcessGroup]:
-    """The processes that hold different pieces, innermost first."""
-    mesh = param.device_mesh
-    sharded = [dim for dim, placement in enumerate(param.placements) if placement.is_shard()]
-    return [mesh.get_group(dim) for dim in reversed(sharded)]

@@ -30,6 +30,7 @@ from ..sparsity import (
 from ..sparsity.report import count_nonzero
 from ..sparsity.schedule import DECAY, DENSE, SETTLE
 from ..sparsity.sharding import whole
+from .zero import WeightRange, check_zero, controller_on_ranges, find_ranges
 
 
 logger = logging.get_logger(__name__)
@@ -76,6 +77,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 " or LpDecayMixin, or leave distill out."
             )
         self._params: dict[str, nn.Parameter] = {}
+        self._ranges: dict[str, WeightRange] = {}  # what is stepped in their place under DeepSpeed
         self._ramp: Ramp | None = None
         self._controller: SparsityController | None = None
         self._schedule: PlainSchedule | None = None
@@ -97,15 +99,23 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._check_ranks()
         self._check_optimizer(optimizer)
         self.check_checkpoint(state)
+        if state.global_step and not optimizer.state:
+            raise ValueError(
+                f"Nothing of the optimizer was loaded from the checkpoint at step {state.global_step}: it was saved"
+                " with save_only_model, or with DeepSpeed. Resume in the way that it was written, or start a new run"
+                " from its weights."
+            )
         model = unwrapped(model)
         if self.names is None:
             self.names = list(participants(model, self.lp_config))
         params = dict(model.named_parameters())
         self._params = {name: params[name] for name in self.names}
+        if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+            self._ranges = find_ranges(optimizer, self._params)
         if state.global_step == 0:  # a checkpoint knows
             self._mark(optimizer)
         if self.lp_config.target_sparsity is None:
-            self._schedule = PlainSchedule(self.lp_config, self._params, optimizer, state.max_steps)
+            self._schedule = PlainSchedule(self.lp_config, self._stepped(), optimizer, state.max_steps)
         else:
             self._drive(args, state, model, optimizer, kwargs["train_dataloader"])
         if state.is_world_process_zero:
@@ -200,7 +210,12 @@ class SparsityCallback(TrainerCallback, ExportableState):
         config = self.lp_config
         self._ramp = Ramp.from_config(config, state.max_steps, args.get_warmup_steps(state.max_steps))
         units = selected_units(model, config, self._params)
-        self._controller = self.controller_class(config, self._params, optimizer, self._ramp, input_dims(model), units)
+        dims = input_dims(model)
+        if self._ranges:
+            on_ranges = controller_on_ranges(self.controller_class)
+            self._controller = on_ranges(config, self._ranges, optimizer.optimizer, self._ramp, dims, units)
+        else:
+            self._controller = self.controller_class(config, self._params, optimizer, self._ramp, dims, units)
         params = list(self._params.values())
         if config.importance == "activation" and state.global_step < self._ramp.start:
             self._activations = ActivationStatistics(model, params, optimizer)
@@ -221,6 +236,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
             self._activations.finish()
             self._activations = None
 
+    def _stepped(self) -> dict[str, torch.Tensor]:
+        """What the optimizer steps: the selected parameters, or what this process holds of them."""
+        return {name: one.partition for name, one in self._ranges.items()} or self._params
+
     def _check_ranks(self) -> None:
         """Every process must have the same config, or they would make different weights zero."""
         first, *others = gather_object([asdict(self.lp_config)])
@@ -230,8 +249,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 raise ValueError(f"Rank {rank} has an LpDecayConfig with {changed}: give every process the same one.")
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        refuse_sharding(AcceleratorState())
+        check_sharding(AcceleratorState(), self.lp_config)
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+            inner = inner.optimizer
         if not isinstance(inner, LpAdamW):
             raise ValueError(
                 f"SparsityCallback drives an LpAdamW, but the Trainer steps a {type(inner).__name__}: give the Trainer"
@@ -243,7 +264,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
         To split a group now would be too late: the scheduler and a checkpoint's optimizer state are fitted to it.
         """
-        selected = {id(param) for param in self._params.values()}
+        selected = {id(param) for param in self._stepped().values()}
         for group in optimizer.param_groups:
             chosen = [param for param in group["params"] if id(param) in selected]
             if len(chosen) == len(group["params"]):
@@ -291,17 +312,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def refuse_sharding(state: AcceleratorState) -> None:
-    """Raise where a process holds pieces of the model that do not know their place in it."""
+def check_sharding(state: AcceleratorState, config: LpDecayConfig) -> None:
+    """Raise where a process holds pieces of the model that the decay cannot work on."""
     kind, plugin = state.distributed_type, getattr(state, "fsdp_plugin", None)
     if plugin is not None and kind != DistributedType.FSDP:
         raise ValueError(
             f"FSDP was asked for, but accelerate has set up {kind.value}, as it does without a GPU: leave fsdp out."
         )
-    if plugin is not None and plugin.fsdp_version == 2:
-        return
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        name = "FSDP1" if kind == DistributedType.FSDP else kind.value
+    if kind == DistributedType.DEEPSPEED:
+        check_zero(state.deepspeed_plugin, config)
+    fsdp1 = kind == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) != 2
+    if fsdp1 or kind == DistributedType.MEGATRON_LM:
+        name = "FSDP1" if fsdp1 else kind.value
         raise ValueError(
             f"hf_lpdecay does not support {name}, whose flat pieces of parameters have no rows and columns: use FSDP2"
             " (fsdp_version: 2), or DDP."

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from ..config import LpDecayConfig
 from ..optim import LpAdamW
 from ..sparsity import Ramp, participants
-from .callbacks import SparsityCallback, refuse_sharding, unwrapped
+from .callbacks import SparsityCallback, check_sharding, unwrapped
 from .checkpoints import WholeCheckpointsMixin, last_whole_checkpoint
 from .distillation import Distiller
 from .record import card_facts, write_record
@@ -43,7 +43,7 @@ class LpDecayMixin(WholeCheckpointsMixin):
 
     Raises:
         ValueError: If nothing can be selected, if the ramp is too short, or if the arguments ask for another optimizer,
-            FSDP1 or DeepSpeed.
+            FSDP1 or DeepSpeed with something that goes beyond flat ranges of weights.
         FloatingPointError: In training, if the loss or the gradient is not finite.
     """
 
@@ -78,7 +78,8 @@ class LpDecayMixin(WholeCheckpointsMixin):
                 self.optimizer_cls_and_kwargs = (LpAdamW, options)
             super().create_optimizer(model)
             params = dict(unwrapped(self.model if model is None else model).named_parameters())
-            _split_groups(self.optimizer, {id(params[name]) for name in self._lp_names}, self.lp_config)
+            selected = {id(params[name]) for name in self._lp_names}
+            _split_groups(self.optimizer, selected, self.lp_config, alone=self.is_deepspeed_enabled)
         return self.optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -199,7 +200,7 @@ class LpDecayMixin(WholeCheckpointsMixin):
             raise ValueError(
                 f"optim={OptimizerNames(self.args.optim).value!r} has no p-norm decay: use one of {_OPTIMIZERS}."
             )
-        refuse_sharding(self.accelerator.state)
+        check_sharding(self.accelerator.state, self.lp_config)
         if any(isinstance(callback, SparsityCallback) for callback in self.callback_handler.callbacks):
             raise ValueError(
                 f"callbacks= holds a SparsityCallback, but {type(self).__name__} adds its own: leave it out, or train"
@@ -234,8 +235,11 @@ class LpDecaySeq2SeqTrainer(LpDecayMixin, Seq2SeqTrainer):
     """A `Seq2SeqTrainer` that trains sparse. See [`LpDecayMixin`]."""
 
 
-def _split_groups(optimizer: torch.optim.Optimizer, selected: set[int], config: LpDecayConfig) -> None:
-    """Split every group by whether the p-norm decay acts, before the scheduler takes note of the groups."""
+def _split_groups(
+    optimizer: torch.optim.Optimizer, selected: set[int], config: LpDecayConfig, alone: bool = False
+) -> None:
+    """Split every group by whether the p-norm decay acts, before the scheduler takes note of the groups; if `alone`,
+    each parameter on which it acts gets a group, since DeepSpeed puts all of a group into one flat tensor."""
     decayed: dict[str, Any] = {
         "p": config.p,
         "lp_lambda": config.lp_lambda or 0.0,  # with a target the controller plans it
@@ -248,6 +252,6 @@ def _split_groups(optimizer: torch.optim.Optimizer, selected: set[int], config: 
     for group in optimizer.param_groups:
         for inside, options in ((True, decayed), (False, plain)):
             params = [param for param in group["params"] if (id(param) in selected) == inside]
-            if params:
-                groups.append({**group, **options, "params": params})
+            for part in [[param] for param in params] if inside and alone else filter(None, [params]):
+                groups.append({**group, **options, "params": part})
     optimizer.param_groups[:] = groups
