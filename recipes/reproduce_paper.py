@@ -147,23 +147,29 @@ def run(script, args, train, validation, vocab_size: int, p: float | None, lp_la
 def check_claims(runs: list[dict], tolerance: float) -> dict[str, str]:
     """What the paper says of its own experiment, judged by this one."""
     adamw, *grid = runs
-    rivals = [r for r in grid if r["loss"] <= adamw["loss"] * (1 + tolerance)]
-    sparsest = max(rivals, key=lambda r: r["sparsity"], default=None)
+    sparsest = [max(each, key=lambda r: r["sparsity"]) for each in _by_lambda(grid)]
     best = min(grid, key=lambda r: r["loss"])
+    rivals = [r for r in grid if r["loss"] <= adamw["loss"] * (1 + tolerance)]
+    rival = max(rivals, key=lambda r: r["sparsity"], default=None)
 
-    def verdict(holds: bool, r: dict | None) -> str:
-        found = "no run rivals AdamW" if r is None else f"p={r['p']:g}, lambda={r['lp_lambda']:g}: {describe(r)}"
-        return f"{'reproduced' if holds else 'not reproduced'} ({found}; AdamW: {describe(adamw)})"
+    def verdict(holds: bool, found: list[dict]) -> str:
+        said = "; ".join(f"p={r['p']:g}, lambda={r['lp_lambda']:g}: {describe(r)}" for r in found)
+        return f"{'reproduced' if holds else 'not reproduced'} ({said or 'none'}; AdamW: {describe(adamw)})"
 
     return {
-        f"The sparsest model whose loss rivals AdamW's (within {tolerance:.0%}) has p < 1": verdict(
-            sparsest is not None and sparsest["p"] < 1, sparsest
+        "At every strength the sparsest model has p < 1": verdict(all(r["p"] < 1 for r in sparsest), sparsest),
+        # One seed each: what is closer than a tenth of a per cent is equal.
+        "The lowest loss is reached with 1 < p < 2, and is lower than AdamW's by 0.1 % or more": verdict(
+            1 < best["p"] < 2 and best["loss"] < adamw["loss"] * 0.999, [best]
         ),
-        "The lowest loss is reached with 1 < p < 2": verdict(1 < best["p"] < 2 and best["loss"] < adamw["loss"], best),
-        "A model that is 99 % sparse rivals AdamW": verdict(
-            sparsest is not None and sparsest["sparsity"] >= 0.99, sparsest
+        f"A model that is 99 % sparse rivals AdamW (its loss is at most {tolerance:.0%} larger)": verdict(
+            rival is not None and rival["sparsity"] >= 0.99, [rival] if rival else []
         ),
     }
+
+
+def _by_lambda(grid: list[dict]) -> list[list[dict]]:
+    return [[r for r in grid if r["lp_lambda"] == strength] for strength in dict.fromkeys(r["lp_lambda"] for r in grid)]
 
 
 def describe(r: dict) -> str:
