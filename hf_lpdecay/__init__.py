@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "artifacts": ("pack", "push_to_hub", "shrink", "to_semi_structured", "to_sparse_csr", "trim_rank", "unpack"),
     "config": ("LpDecayConfig",),
+    "evaluation": (),
     "optim": ("LpAdamW", "LpDecay"),
     "sparsity": ("SparsityReport", "measure_sparsity"),
     "training": ("LpDecayMixin", "LpDecaySeq2SeqTrainer", "LpDecayTrainer", "SparsityCallback", "merge_sparse"),

@@ -13,7 +13,8 @@ def attach(package: str, modules: dict[str, tuple[str, ...]]) -> tuple[Callable[
 
     Args:
         package (`str`): Its `__name__`.
-        modules (`dict[str, tuple[str, ...]]`): The public names that each submodule has.
+        modules (`dict[str, tuple[str, ...]]`): The public names of each submodule, which may
+            be asked for as well.
 
     Returns:
         `tuple`: The two functions.
@@ -22,6 +23,8 @@ def attach(package: str, modules: dict[str, tuple[str, ...]]) -> tuple[Callable[
     names = {name: module for module, content in modules.items() for name in content}
 
     def __getattr__(name: str) -> Any:
+        if name in modules:
+            return import_module(f"{package}.{name}")
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(import_module(f"{package}.{names[name]}"), name)

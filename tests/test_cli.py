@@ -119,3 +119,20 @@ def test_wrong_input_is_refused_with_exit_code_2(tmp_path, capsys):
 def test_help_has_examples():
     done = subprocess.run([sys.executable, "-m", "hf_lpdecay.cli", "report", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "lpdecay report outputs/tuned --against outputs/sparse" in done.stdout
+
+
+def test_the_help_and_a_report_do_not_wait_for_transformers(tmp_path):
+    sparse(tiny_llama()).save_pretrained(tmp_path)
+    report = measure_sparsity(tiny_llama().from_pretrained(tmp_path))
+    report.to_json(tmp_path / "sparsity.json")
+    code = (
+        "import sys, hf_lpdecay\n"
+        "from hf_lpdecay import cli\n"
+        "assert cli.main(['report', sys.argv[1]]) == 0\n"
+        "assert not {'transformers', 'peft', 'accelerate'} & set(sys.modules)\n"
+        "assert hf_lpdecay.evaluation.text_loss and set(hf_lpdecay.__all__) < set(dir(hf_lpdecay))\n"
+        "assert all(getattr(hf_lpdecay, name) for name in hf_lpdecay.__all__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == report.table(by="module").strip()
