@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import arguments, same_bits, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_rows, trainer_for, weights
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -224,6 +225,29 @@ def test_fine_tuning_a_sparse_model_with_frozen_zeros_keeps_every_zero(tmp_path)
     second.train()
     for name, mask in zeros.items():
         assert torch.equal(second.model.get_parameter(name) == 0, mask)
+
+
+class FakeQuantizedLinear(nn.Linear):
+    """As torchao's of that name: weights as eight bits would hold them, with a straight-through gradient."""
+
+    def forward(self, x):
+        scale = self.weight.detach().abs().amax(1, keepdim=True) / 127
+        error = (self.weight / scale).round() * scale - self.weight
+        return nn.functional.linear(x, self.weight + error.detach(), self.bias)
+
+
+def test_fine_tuning_aware_of_quantization_keeps_every_zero_too(tmp_path):
+    first = trainer_for(tmp_path, TARGET)
+    first.train()
+    before = weights(first.model)
+    for module in first.model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FakeQuantizedLinear
+    second = trainer_for(tmp_path / "b", LpDecayConfig(freeze_zeros=True), model=first.model, learning_rate=1e-2)
+    second.train()
+    for name, after in weights(second.model).items():
+        if "proj" in name:
+            assert torch.equal(before[name] == 0, after == 0) and not torch.equal(before[name], after)
 
 
 def test_an_early_stop_is_said(tmp_path, caplog):
