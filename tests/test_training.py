@@ -231,7 +231,7 @@ class FakeQuantizedLinear(nn.Linear):
     """As torchao's of that name: weights as eight bits would hold them, with a straight-through gradient."""
 
     def forward(self, x):
-        scale = self.weight.detach().abs().amax(1, keepdim=True) / 127
+        scale = self.weight.detach().abs().amax(1, keepdim=True).clamp_min(1e-6) / 127
         error = (self.weight / scale).round() * scale - self.weight
         return nn.functional.linear(x, self.weight + error.detach(), self.bias)
 
