@@ -90,7 +90,12 @@ def test_ctrl_c_leaves_a_run_that_the_same_command_finishes_with_the_same_bits(c
     subprocess.run([sys.executable, RECIPES / "finetune.py", *whole], env=environment, check=True, capture_output=True)
 
     process = subprocess.Popen(
-        [sys.executable, RECIPES / "finetune.py", *long], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, RECIPES / "finetune.py", *long],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (tmp_path / "out" / "checkpoint-20" / "trainer_state.json").exists():
         assert process.poll() is None
