@@ -1,5 +1,7 @@
 """Very sparse layers on a CPU: the same outputs, and only where it is faster."""
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama
@@ -53,6 +55,10 @@ def test_what_would_be_no_faster_is_refused_and_nothing_changes():
     model = very_sparse(tiny_llama(hidden_size=256, intermediate_size=2048), sparsity=0.9)
     with pytest.raises(ValueError, match=r"takes 95% zeros and 524,288 weights, and the sparsest of those has 90\.\d%"):
         to_sparse_csr(model)
+    weight = model.model.layers[0].mlp.up_proj.weight.data.view(-1)
+    weight[: round(0.95 * len(weight))] = 0.0  # 498,074 of 524,288: a little less than 95 %
+    weight[round(0.95 * len(weight)) :] = 1.0
+    assert isinstance(to_sparse_csr(copy.deepcopy(model)).model.layers[0].mlp.up_proj, CsrLinear)
     with pytest.raises(ValueError, match="none is that large"):
         to_sparse_csr(very_sparse(tiny_llama()))
     with pytest.raises(ValueError, match=r"is torch\.bfloat16, which torch has no sparse products for"):

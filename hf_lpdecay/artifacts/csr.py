@@ -88,7 +88,8 @@ def to_sparse_csr(
             )
     sparsity = {n: 1 - int(count_nonzero(m.weight)) / m.weight.numel() for n, m in layers.items()}
     large = [name for name, module in layers.items() if module.weight.numel() >= MIN_NUMEL]
-    faster = [name for name in large if sparsity[name] >= MIN_SPARSITY]
+    # A target of 95 % may be met by a weight less, since weights are whole.
+    faster = [name for name in large if sparsity[name] >= MIN_SPARSITY - 1e-4]
     if not faster:
         sparsest = max(large, key=sparsity.get, default=None)
         found = f"the sparsest of those has {sparsity[sparsest]:.1%} ({sparsest})" if sparsest else "none is that large"
