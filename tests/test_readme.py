@@ -15,8 +15,7 @@ from hf_lpdecay import LpDecayConfig, LpDecayMixin, LpDecayTrainer, measure_spar
 
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-
-
+PUBLIC = {name: getattr(hf_lpdecay, name) for name in hf_lpdecay.__all__}
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -37,11 +36,11 @@ def test_the_five_steps_run(tmp_path, capsys, monkeypatch, language_model, texts
 
 def test_the_other_ways_run(tmp_path):
     mixin, callback, adapters, small = PYTHON[4:]
-    names = {**vars(transformers), **vars(hf_lpdecay), "DPOTrainer": transformers.Trainer}
+    names = {**vars(transformers), **PUBLIC, "DPOTrainer": transformers.Trainer}
     exec(mixin, names)
     assert issubclass(names["LpDecayDPOTrainer"], LpDecayMixin)
     model, args = tiny_llama(), arguments(tmp_path)
-    names = {**vars(transformers), **vars(hf_lpdecay), "model": model, "args": args, "dataset": token_rows()}
+    names = {**vars(transformers), **PUBLIC, "model": model, "args": args, "dataset": token_rows()}
     exec(callback, names)
     names["trainer"].train()
     assert measure_sparsity(model).sparsity == 0.5
