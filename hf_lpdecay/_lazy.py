@@ -13,13 +13,12 @@ def attach(package: str, modules: dict[str, tuple[str, ...]]) -> tuple[Callable[
 
     Args:
         package (`str`): Its `__name__`.
-        modules (`dict[str, tuple[str, ...]]`): The public names of each submodule, which may
-            be asked for as well.
+        modules (`dict[str, tuple[str, ...]]`): The public names of each submodule, which may be asked for as
+            well.
 
     Returns:
         `tuple`: The two functions.
     """
-
     names = {name: module for module, content in modules.items() for name in content}
 
     def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from arguments import parse_recipe
 from data import DataArguments, blocks_of_tokens, check_files, data_facts, labelled_tokens, load_texts, text_column
 from datasets import Dataset
 from pypi_models import license_of, resolve_model
-from run_folder import claim_folder
+from run_folder import claim_folder, interrupted
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -34,7 +34,7 @@ from transformers import (
 
 from hf_lpdecay import LpDecayConfig, LpDecayTrainer
 from hf_lpdecay.evaluation import perplexity
-from hf_lpdecay.training import last_whole_checkpoint, write_record
+from hf_lpdecay.training import write_record
 
 
 HERE = Path(__file__).parent
@@ -82,10 +82,7 @@ def main(argv: list[str]) -> int:
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
     except KeyboardInterrupt:
-        last = last_whole_checkpoint(args.output_dir)
-        kept = f"The same command resumes from {last}." if last else "No checkpoint was written yet."
-        print(f"\nInterrupted. {kept}", file=sys.stderr)
-        return 130
+        return interrupted(args.output_dir)
     seconds = time.monotonic() - started
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()

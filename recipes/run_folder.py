@@ -1,5 +1,6 @@
 """The folder a run writes to: one run each, which the same command resumes."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,11 @@ def claim_folder(output_dir: str, options: dict[str, Any]) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(note, yaml.safe_dump(options, sort_keys=True))
     return None
+
+
+def interrupted(output_dir: str) -> int:
+    """Say how an interrupted run goes on, and return the exit code."""
+    last = last_whole_checkpoint(output_dir)
+    kept = f"The same command resumes from {last}." if last else "No checkpoint was written yet."
+    print(f"\nInterrupted. {kept}", file=sys.stderr)
+    return 130

@@ -16,14 +16,14 @@ from arguments import parse_recipe
 from data import BUILTIN, DataArguments, check_files, data_facts, load_texts
 from peft.tuners.lora import LoraLayer
 from pypi_models import license_of, resolve_model
-from run_folder import claim_folder
+from run_folder import claim_folder, interrupted
 from stdlib_text import load_stdlib_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from hf_lpdecay import LpDecayConfig, measure_sparsity, trim_rank
 from hf_lpdecay.sparsity.report import RECORD_FILE
-from hf_lpdecay.training import last_whole_checkpoint, write_record
+from hf_lpdecay.training import write_record
 from hf_lpdecay.training.trl import LpDecaySFTTrainer
 
 
@@ -51,10 +51,7 @@ def main(argv: list[str]) -> int:
         before = results(trainer)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
     except KeyboardInterrupt:
-        last = last_whole_checkpoint(args.output_dir)
-        kept = f"The same command resumes from {last}." if last else "No checkpoint was written yet."
-        print(f"\nInterrupted. {kept}", file=sys.stderr)
-        return 130
+        return interrupted(args.output_dir)
     found = {"before": before, "after": results(trainer)}
     if lp_config.pattern == "rank":
         trim_rank(trainer.model)

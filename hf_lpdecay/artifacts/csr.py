@@ -5,9 +5,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..sparsity import match_parameters
 from ..sparsity.report import count_nonzero
-from ..sparsity.selection import Modules
+from ..sparsity.selection import Modules, match_layers
 
 
 logger = logging.get_logger(__name__)
@@ -72,12 +71,7 @@ def to_sparse_csr(
     >>> to_sparse_csr(model).generate(**inputs)
     ```
     """
-    weights = match_parameters(model, target_modules, exclude_modules)
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and f"{name}.weight" in weights
-    }
+    layers = match_layers(model, target_modules, exclude_modules)
     for name, module in layers.items():
         if module.weight.device.type != "cpu":
             raise RuntimeError(f"{name} is on {module.weight.device}; sparse rows are for a CPU: move the model there.")

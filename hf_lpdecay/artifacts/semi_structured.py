@@ -4,8 +4,7 @@ import torch
 from torch import nn
 from torch.sparse import to_sparse_semi_structured
 
-from ..sparsity import match_parameters
-from ..sparsity.selection import Modules
+from ..sparsity.selection import Modules, match_layers
 
 
 # Ampere, the first with sparse tensor cores.
@@ -46,12 +45,8 @@ def to_semi_structured(
     >>> to_semi_structured(model).generate(**inputs)
     ```
     """
-    weights = match_parameters(model, target_modules, exclude_modules)
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.weight" in weights
-    }
+    layers = match_layers(model, target_modules, exclude_modules)
+    modules = {name: module for name, module in layers.items() if isinstance(module, nn.Linear)}
     for name, module in modules.items():
         _check_weight(name, module.weight)
     devices = {module.weight.device for module in modules.values()}

@@ -66,6 +66,18 @@ def match_parameters(
     return {names[key]: weight for key, weight in matched.items()}
 
 
+def match_layers(
+    model: nn.Module, target_modules: Modules = "all-linear", exclude_modules: Modules = None
+) -> dict[str, nn.Module]:
+    """The linear layers, by name, whose weights [`match_parameters`] finds; it says what the arguments are."""
+    weights = match_parameters(model, target_modules, exclude_modules)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and f"{name}.weight" in weights
+    }
+
+
 def select_parameters(
     model: nn.Module, target_modules: Modules = "all-linear", exclude_modules: Modules = None
 ) -> dict[str, nn.Parameter]:
