@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -25,10 +26,7 @@ def load_stdlib_text() -> tuple[Dataset, Dataset]:
         `tuple[Dataset, Dataset]`: Training and evaluation texts, 9 to 1, in a column named `text`.
     """
     texts = dict.fromkeys(text.strip() + "\n\n" for text in [*topics.values(), *_docstrings()])
-    train, validation = [], []
-    for text in sorted(texts, key=_checksum):
-        (validation if _checksum(text) % 10 == 0 else train).append(text)
-    return Dataset.from_dict({"text": train}), Dataset.from_dict({"text": validation})
+    return tuple(Dataset.from_dict({"text": part}) for part in _split(texts))
 
 
 def load_stdlib_chats() -> tuple[Dataset, Dataset]:
@@ -45,14 +43,26 @@ def load_stdlib_chats() -> tuple[Dataset, Dataset]:
         answer = text.split("\n\n")[0]
         if isinstance(node, ast.FunctionDef) and len(answer) >= _MIN_CHAT_CHARACTERS:
             answers[answer] = f"What does `{node.name}({ast.unparse(node.args)})` in Python's {module} do?"
+    return tuple(
+        Dataset.from_list(
+            [
+                {
+                    "prompt": [{"role": "user", "content": answers[answer]}],
+                    "completion": [{"role": "assistant", "content": answer}],
+                }
+                for answer in part
+            ]
+        )
+        for part in _split(answers)
+    )
+
+
+def _split(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Texts to train on and to evaluate on, in the order of their checksums."""
     train, validation = [], []
-    for answer in sorted(answers, key=_checksum):
-        row = {
-            "prompt": [{"role": "user", "content": answers[answer]}],
-            "completion": [{"role": "assistant", "content": answer}],
-        }
-        (validation if _checksum(answer) % 10 == 0 else train).append(row)
-    return Dataset.from_list(train), Dataset.from_list(validation)
+    for text in sorted(texts, key=_checksum):
+        (validation if _checksum(text) % 10 == 0 else train).append(text)
+    return train, validation
 
 
 def _docstrings():

@@ -36,6 +36,7 @@ def _number(entry, column, live):
 
 @triton.jit(do_not_specialize=["count"])
 def prepare(table, numbers, count, CAPTURED: tl.constexpr, BLOCK: tl.constexpr):
+    """Count the step of each parameter, and turn its row of the table into the numbers that `update` reads."""
     task = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = task < count
     entry = table + task * 24
@@ -111,6 +112,7 @@ def update(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Update one block of one parameter, which the program looks up by its id."""
     program = programs + tl.program_id(0).to(tl.int64) * 2
     task = tl.load(program)
     # A parameter may have more elements than an int32 counts; a block has not.

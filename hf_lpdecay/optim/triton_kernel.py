@@ -109,14 +109,10 @@ def _build(case: Case) -> str | None:
     device = case.device
     try:
         with _on(device):
-            # A parameter without elements, in one column.
+            # For a graph, on a parameter without elements; what runs without one `_agrees` compiles.
             table = torch.zeros(_ROW.size // 8, dtype=torch.int64, device=device)
-            table[9] = 1
             numbers = torch.empty(_NUMBERS, dtype=torch.float32, device=device)
-            programs = torch.zeros(2, dtype=torch.int32, device=device)
-            for captured in (False, True):
-                source.prepare[(1,)](table, numbers, 1, captured, _PREPARE_BLOCK, num_warps=_PREPARE_WARPS)
-            source.update[(1,)](programs, table, numbers, *_constants(case), num_warps=_WARPS)
+            source.prepare[(1,)](table, numbers, 1, True, _PREPARE_BLOCK, num_warps=_PREPARE_WARPS)
         if not _agrees(case):
             return f"The optimizer's kernel goes wrong as Triton compiles it for {device} (please report it)."
     except Exception as error:  # Triton, its compiler, its assembler and its driver have one of their own each
