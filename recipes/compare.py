@@ -37,15 +37,24 @@ class GradualPruning(SparsityCallback):
     controller_class = HardCutController
 
 
-NO_TARGET = {"target_sparsity": None, "lp_lambda": 0.0, "importance": None, "trim": None, "pattern": "unstructured"}
+NO_TARGET = {
+    "target_sparsity": None,
+    "lp_lambda": 0.0,
+    "importance": None,
+    "trim": None,
+    "compensate": None,
+    "pattern": "unstructured",
+}
 # What each method changes in the LpDecayConfig, and what drives it.
 METHODS = {
     "dense": (NO_TARGET, SparsityCallback),
-    "gmp": ({"importance": "magnitude"}, GradualPruning),
-    "gmp-adam": ({"importance": "adam"}, GradualPruning),
-    "gmp-adam-distill": ({"importance": "adam"}, GradualPruning),
-    "lp-plain": ({"importance": "magnitude", "trim": False}, SparsityCallback),
-    "lp-trim": ({"importance": "magnitude", "trim": True}, SparsityCallback),
+    "gmp": ({"importance": "magnitude", "compensate": False}, GradualPruning),
+    "gmp-adam": ({"importance": "adam", "compensate": False}, GradualPruning),
+    "gmp-adam-compensate": ({"importance": "adam", "compensate": True}, GradualPruning),
+    "gmp-adam-distill": ({"importance": "adam", "compensate": False}, GradualPruning),
+    "lp-plain": ({"importance": "magnitude", "trim": False, "compensate": False}, SparsityCallback),
+    "lp-trim": ({"importance": "magnitude", "trim": True, "compensate": False}, SparsityCallback),
+    "lp-adam": ({"importance": "adam", "trim": True, "compensate": False}, SparsityCallback),
     "lp": ({}, SparsityCallback),
     "lp-distill": ({}, SparsityCallback),
 }
@@ -57,7 +66,7 @@ class CompareArguments(finetune.ScriptArguments):
     """What is compared."""
 
     methods: list[str] = field(
-        default_factory=lambda: ["dense", "gmp", "gmp-adam", "lp-plain", "lp-trim", "lp", "lp-distill"],
+        default_factory=lambda: ["dense", "gmp", "gmp-adam", "lp-plain", "lp-trim", "lp-adam", "lp", "lp-distill"],
         metadata={"help": f"Which of {', '.join(METHODS)}."},
     )
     init_from: list[str] = field(

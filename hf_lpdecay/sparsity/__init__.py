@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .activations import ActivationStatistics
     from .calibration import calibrate
     from .checkpoint import measure_checkpoint, measure_folder
+    from .compensation import Compensation
     from .controller import SparsityController
     from .report import SparsityReport, measure_sparsity
     from .schedule import PlainSchedule, Ramp
@@ -19,6 +20,7 @@ _MODULES = {
     "activations": ("ActivationStatistics",),
     "calibration": ("calibrate",),
     "checkpoint": ("measure_checkpoint", "measure_folder"),
+    "compensation": ("Compensation",),
     "controller": ("SparsityController",),
     "report": ("SparsityReport", "measure_sparsity"),
     "schedule": ("PlainSchedule", "Ramp"),
@@ -29,6 +31,7 @@ __getattr__, __dir__ = attach(__name__, _MODULES)
 
 __all__ = [
     "ActivationStatistics",
+    "Compensation",
     "PlainSchedule",
     "Ramp",
     "SparsityController",

@@ -1,9 +1,10 @@
 """Mean squares of the input features of linear layers, gathered while a model trains."""
 
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class ActivationStatistics:
@@ -20,19 +21,11 @@ class ActivationStatistics:
     def __init__(self, model: nn.Module, params: list[Tensor], optimizer: torch.optim.Optimizer):
         self._state = optimizer.state
         self._params = params
-        selected = {id(param) for param in params}
-        self._handles = [
-            module.register_forward_pre_hook(partial(self._hook, module.weight))
-            for module in model.modules()
-            if id(getattr(module, "weight", None)) in selected
-        ]
+        self._handles = on_inputs(model, params, self._add)
 
     @torch.no_grad()
-    def _hook(self, weight: Tensor, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        # The weight as the optimizer knows it: in the forward pass FSDP2 puts another one into the module.
-        if not module.training:  # evaluation data has no say in what is kept
-            return
-        features = inputs[0].detach().flatten(0, -2).float()
+    def _add(self, weight: Tensor, features: Tensor) -> None:
+        features = features.detach().flatten(0, -2).float()
         state = self._state[weight]
         total = features.square().sum(0)
         state["lp_feature_sq"] = total + state["lp_feature_sq"] if "lp_feature_sq" in state else total
@@ -47,3 +40,33 @@ class ActivationStatistics:
             for param in self._params:
                 # Averaging is enough: the processes see equally many tokens, and only ratios count.
                 torch.distributed.all_reduce(self._state[param]["lp_feature_sq"])
+
+
+def on_inputs(
+    model: nn.Module, params: list[Tensor], callback: Callable[[Tensor, Tensor], None]
+) -> list[RemovableHandle]:
+    """Have a function called with each weight and the features that its layer reads, in training only.
+
+    Args:
+        model (`nn.Module`): Holds the layers.
+        params (`list[torch.Tensor]`): The weights.
+        callback (`Callable`): Called before the layer computes.
+
+    Returns:
+        `list[RemovableHandle]`: To end it with.
+    """
+    selected = {id(param) for param in params}
+
+    def hook_of(weight: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        # The weight as the optimizer knows it: in the forward pass FSDP2 puts another one into the module.
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if module.training:  # evaluation data has no say in what is kept
+                callback(weight, inputs[0])
+
+        return hook
+
+    return [
+        module.register_forward_pre_hook(hook_of(module.weight))
+        for module in model.modules()
+        if id(getattr(module, "weight", None)) in selected
+    ]

@@ -1,6 +1,6 @@
 """Drives the decay to a target: how strongly it acts, on what, and the exact cut at the end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..optim.functional import structured_size
 from ..optim.pieces import local
+from .compensation import Compensation
 from .importance import importance_from_activations, importance_from_adam, importance_from_calibration
 from .patterns import parse_pattern
 from .quantiles import histogram, kth_smallest, lower_edges
@@ -44,6 +45,7 @@ class SparsityController:
             not 1 (as in GPT-2's `Conv1D`).
         units (`list[Units]`, *optional*): What is zero as one with the patterns `"neurons"` and `"heads"`; they
             consist of `params`.
+        compensation (`Compensation`, *optional*): What lets the survivors make up for what becomes zero.
 
     Raises:
         ValueError: If a parameter's shape does not fit the pattern.
@@ -57,6 +59,7 @@ class SparsityController:
         ramp: Ramp,
         input_dims: dict[str, int] | None = None,
         units: list[Units] | None = None,
+        compensation: Compensation | None = None,
     ):
         self.config = config
         self.params = params
@@ -65,6 +68,7 @@ class SparsityController:
         self.pattern = parse_pattern(config.pattern)
         self.pattern.check_all(params, input_dims or {})
         self._units = units or []
+        self._compensation = compensation
         self._dims = {param: (input_dims or {}).get(name, 1) for name, param in params.items()}
         self._ids = {id(param) for param in params.values()}
         for name, param in params.items():
@@ -94,17 +98,21 @@ class SparsityController:
             summed_lr (`Callable[[int], list[float]]`): Sum of the learning rate over the next so many steps, for
                 each of the optimizer's groups.
         """
+        following = self.ramp.next_plan(step)
+        if self._compensation is not None and (following is not None or step == self.ramp.end):
+            self._compensation.gather()
         if step == self.ramp.end:
             self._finish()
-            return
-        following = self.ramp.next_plan(step)
-        if following is not None:
+        elif following is not None:
             self._weigh(step)
             self._plan(step, following, summed_lr(following - step))
+        self._listen(step)
 
     @torch.no_grad()
     def resume(self, step: int, summed_lr: Callable[[int], list[float]]) -> None:
         """Plan anew where a checkpoint does not hold the plan: that of sharded parameters.
+
+        Nor does it hold what compensation has heard: it moves nothing again now, and starts to listen anew.
 
         Args:
             step (`int`): Optimizer steps taken before.
@@ -113,6 +121,7 @@ class SparsityController:
         Raises:
             ValueError: If the importance was gathered in a part of the run that lies behind.
         """
+        self._listen(step)
         if not any(is_sharded(param) for param in self.params.values()):
             return
         if self.config.importance == "activation" and step > self.ramp.start:
@@ -128,6 +137,12 @@ class SparsityController:
         if following is not None:
             self._weigh(step)
             self._plan(step, following, summed_lr(following - step))
+
+    def _listen(self, step: int) -> None:
+        """Look at the features in the last steps before each plan, no longer."""
+        if self._compensation is not None:
+            due = self.ramp.start if step < self.ramp.start else self.ramp.following(step)
+            self._compensation.listening = due is not None and due - step <= MIN_IMPORTANCE_STEPS
 
     def lp_lambda(self) -> float:
         """The strength that is planned now, averaged over the selected weights."""
@@ -154,6 +169,10 @@ class SparsityController:
         edges = lower_edges(counts, [max(1, self._count(pool, sparsity)) for pool in self._pools])
         thresholds = {param: edge for pool, edge in zip(self._pools, edges) for param in self._params_of(pool)}
         self._freeze_zeros()
+        if self._compensation is not None:
+            for pool, edge in zip(self._pools, edges):
+                for param, gone, before in self._going(pool, (size < edge for size in self._sizes(pool))):
+                    self._compensation.apply(param, gone, before)
         for group, lr in zip(self.optimizer.param_groups, summed_lr):
             for param in self._selected(group):
                 group["p"] = p
@@ -174,12 +193,10 @@ class SparsityController:
                 of each feed-forward or attention.
         """
         for pool in self._pools:
-            for one, mask in zip(pool, self._smallest(pool, self._count(pool, sparsity))):
-                if isinstance(one, Units):
-                    for param, gone in one.spread(mask.float()):
-                        local(param).masked_fill_(local(placed_like(gone, param)) > 0, 0.0)
-                else:
-                    local(one).masked_fill_(mask, 0.0)
+            for param, gone, before in self._going(pool, self._smallest(pool, self._count(pool, sparsity))):
+                if self._compensation is not None:
+                    self._compensation.apply(param, gone, before)
+                local(param).masked_fill_(gone, 0.0)
         self._freeze_zeros()
 
     def _freeze_zeros(self) -> None:
@@ -193,6 +210,8 @@ class SparsityController:
 
     def _finish(self) -> None:
         self.cut(self.ramp.target)
+        if self._compensation is not None:
+            self._compensation.finish()
         for group in self.optimizer.param_groups:
             group.pop("pattern", None)
         for param in self.params.values():
@@ -206,6 +225,18 @@ class SparsityController:
 
     def _params_of(self, pool: list[Tensor | Units]) -> list[Tensor]:
         return [param for units in pool for param in units.params] if self._units else pool
+
+    def _going(self, pool: list[Tensor | Units], masks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Each weight of a pool, which of its elements go with the weights or units that do, and which of them were due
+        at the last plan already: what is here of it."""
+        for one, mask, size in zip(pool, masks, self._sizes(pool)):
+            first = one.params[0] if isinstance(one, Units) else one
+            before = size < self.optimizer.state[first].get("lp_threshold", 0.0)
+            if isinstance(one, Units):
+                for (param, gone), (_, due) in zip(one.spread(mask.float()), one.spread(before.float())):
+                    yield param, local(placed_like(gone, param)) > 0, local(placed_like(due, param)) > 0
+            else:
+                yield one, mask, before
 
     def _sizes(self, pool: list[Tensor | Units]) -> Iterator[Tensor]:
         """`r` of all that are ranked together, one tensor at a time; of weights, this process's pieces."""

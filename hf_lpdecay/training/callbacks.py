@@ -19,6 +19,7 @@ from ..config import LpDecayConfig
 from ..optim import LpAdamW
 from ..sparsity import (
     ActivationStatistics,
+    Compensation,
     PlainSchedule,
     Ramp,
     SparsityController,
@@ -82,6 +83,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._controller: SparsityController | None = None
         self._schedule: PlainSchedule | None = None
         self._activations: ActivationStatistics | None = None
+        self._compensation: Compensation | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the config, against which a resumed run is checked, and the names."""
@@ -143,6 +145,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._finish_gathering()
+        if self._compensation is not None:
+            self._compensation.finish()
+            self._compensation = None
         if self._ramp is not None and state.global_step < self._ramp.end and state.is_world_process_zero:
             logger.warning_once(
                 f"Training stopped after step {state.global_step}, before the ramp's end at step {self._ramp.end}: the"
@@ -211,11 +216,17 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._ramp = Ramp.from_config(config, state.max_steps, args.get_warmup_steps(state.max_steps))
         units = selected_units(model, config, self._params)
         dims = input_dims(model)
+        if config.compensate is not False and not self._ranges and state.global_step < self._ramp.end:
+            self._compensation = Compensation(
+                model, {param: dims.get(name, 1) for name, param in self._params.items()}, optimizer
+            )
         if self._ranges:
             on_ranges = controller_on_ranges(self.controller_class)
             self._controller = on_ranges(config, self._ranges, optimizer.optimizer, self._ramp, dims, units)
         else:
-            self._controller = self.controller_class(config, self._params, optimizer, self._ramp, dims, units)
+            self._controller = self.controller_class(
+                config, self._params, optimizer, self._ramp, dims, units, self._compensation
+            )
         params = list(self._params.values())
         if config.importance == "activation" and state.global_step < self._ramp.start:
             self._activations = ActivationStatistics(model, params, optimizer)
@@ -292,7 +303,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
             whole = "layer" if config.scope == "layer" else "model"
             plan = (
                 f"to {config.target_sparsity:.1%} zeros ({config.pattern}) per {whole} from step {self._ramp.start} to"
-                f" {self._ramp.end}, importance={config.importance}, trim={config.trim}"
+                f" {self._ramp.end}, importance={config.importance}, trim={config.trim},"
+                f" compensate={self._compensation is not None}"
             )
         examples = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         return (

@@ -192,6 +192,7 @@ def check_zero(plugin: DeepSpeedPlugin, config: LpDecayConfig) -> None:
         ("pattern", config.pattern, ("unstructured",)),
         ("importance", config.importance, (None, "magnitude", "adam")),
         ("calibration_batches", config.calibration_batches, (0,)),
+        ("compensate", config.compensate, (None, False)),
     ):
         if value not in works:
             raise ValueError(

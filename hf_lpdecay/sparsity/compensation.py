@@ -1,0 +1,158 @@
+"""What survives makes up for what becomes zero, layer by layer."""
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from ..optim.pieces import local
+from .activations import on_inputs
+
+
+# Input features that are compared with each other: more of them cost more than the weights that they belong to.
+MAX_BLOCK = 2048
+# Iterations of conjugate gradients. The first find nearly all, and there will be another plan.
+ITERATIONS = 3
+# Added to the diagonal, as a fraction of its mean (SparseGPT's).
+DAMPING = 0.01
+# Elements that are worked on at a time.
+_PIECE = 1 << 22
+
+
+class Compensation:
+    """Keeps the layers' outputs while weights become zero: optimal brain surgeon's step, for all of them at once.
+
+    Of each layer the products of its input features are summed over a few batches by forward hooks, ``H = X^T X``
+    (SparseGPT's Hessian, arXiv 2301.00774). When weights are due to become zero, the others of the same row move to
+    where the layer's output on these batches changes least.
+
+    ``H`` is kept in the optimizer's state (`lp_gram`), so that a checkpoint holds it; layers that read the same
+    features share it.
+
+    Args:
+        model (`nn.Module`): Holds the layers.
+        dims (`dict[torch.Tensor, int]`): The selected weights, and the dimension of the input features of each.
+        optimizer (`torch.optim.Optimizer`): Steps them.
+    """
+
+    def __init__(self, model: nn.Module, dims: dict[Tensor, int], optimizer: torch.optim.Optimizer):
+        self.listening = True
+        self._dims = dims
+        self._state = optimizer.state
+        self._last: tuple[weakref.ref | None, Tensor | None] = (None, None)
+        self._handles = on_inputs(model, list(dims), self._add)
+
+    @torch.no_grad()
+    def _add(self, weight: Tensor, features: Tensor) -> None:
+        if not self.listening:
+            return
+        state = self._state[weight]
+        before, gram = self._last
+        known = before is not None and before() is features
+        # What the last layer has read was added already, unless this one is fresh from a checkpoint and has its own.
+        if not known or state.get("lp_gram", gram) is not gram:
+            size = block_size(features.shape[-1])
+            with torch.autocast(features.device.type, enabled=False):
+                blocks = features.detach().flatten(0, -2).float().unflatten(1, (-1, size)).transpose(0, 1)
+                product = blocks.transpose(1, 2) @ blocks
+            product.masked_fill_(~product.isfinite().all(), 0.0)  # an overflow, for which the step is skipped
+            gram = state["lp_gram"].add_(product) if "lp_gram" in state else product
+            self._last = weakref.ref(features), gram
+        state["lp_gram"] = gram
+
+    def finish(self) -> None:
+        """Stop listening, and forget what was heard."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._last = (None, None)
+        for param in self._dims:
+            self._state[param].pop("lp_gram", None)
+
+    def gather(self) -> None:
+        """Bring together what all processes have heard."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        params = list(self._dims)
+        heard = torch.tensor([float("lp_gram" in self._state[param]) for param in params], device=params[0].device)
+        torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MIN)
+        grams = {}
+        for param, everywhere in zip(params, heard.tolist()):
+            if everywhere:
+                grams[id(self._state[param]["lp_gram"])] = self._state[param]["lp_gram"]
+            else:  # an expert that got no token in one of them
+                self._state[param].pop("lp_gram", None)
+        for gram in grams.values():
+            # The mean, as it will come round again with what follows. Only ratios count.
+            torch.distributed.all_reduce(gram)
+            gram.div_(torch.distributed.get_world_size())
+
+    @torch.no_grad()
+    def apply(self, param: Tensor, gone: Tensor, before: Tensor) -> None:
+        """Move what survives in a weight. What does not is left as it is.
+
+        Args:
+            param (`torch.Tensor`): The weight. Overwritten.
+            gone (`torch.Tensor`): Which weights are due to become zero, bool; broadcasts over the part that is here.
+            before (`torch.Tensor`): Which of them have been made up for already, likewise.
+        """
+        gram = self._state[param].get("lp_gram")
+        if gram is None:
+            return
+        weight = local(param)
+        gone, before = gone.expand(weight.shape) | (weight == 0), before.expand(weight.shape)
+        if self._dims[param] == 0:
+            weight, gone, before = weight.t(), gone.t(), before.t()
+        rows = max(1, _PIECE // weight.shape[1])
+        for piece, mask, done in zip(weight.split(rows), gone.split(rows), before.split(rows)):
+            piece.copy_(torch.where(mask, piece, compensated(piece.masked_fill(done & mask, 0.0), mask, gram)))
+
+
+def block_size(features: int) -> int:
+    """Into blocks of how many the input features are divided: as many as possible, up to 2048."""
+    return next(features // n for n in range(1, features + 1) if features % n == 0 and features // n <= MAX_BLOCK)
+
+
+def compensated(weight: Tensor, gone: Tensor, gram: Tensor) -> Tensor:
+    """Weights with zeros whose layer's output differs least, by conjugate gradients with a diagonal preconditioner.
+
+    Minimises ``(v - w) H (v - w)^T`` for each row ``w`` over the rows ``v`` that are zero where `gone` says.
+
+    Args:
+        weight (`torch.Tensor`): Shape (out, in).
+        gone (`torch.Tensor`): What is zero in the result, bool, shape (out, in).
+        gram (`torch.Tensor`): Blocks of ``H`` along its diagonal, float32, shape (blocks, size, size).
+
+    Returns:
+        `torch.Tensor`: float32, shape (out, in).
+    """
+    blocks, size, _ = gram.shape
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(1, (blocks, size)).transpose(0, 1)
+
+    diagonal = gram.diagonal(dim1=1, dim2=2)[:, None]
+    damping = DAMPING * diagonal.mean(2, keepdim=True)
+    preconditioner = _ratio(torch.ones_like(diagonal), diagonal + damping)
+    keep, start = split(~gone), split(weight.float())
+    solution = start * keep
+    residual = _product(start - solution, gram, damping) * keep
+    scaled = residual * preconditioner
+    direction, size_now = scaled.clone(), (residual * scaled).sum(2, keepdim=True)
+    for _ in range(ITERATIONS):
+        image = _product(direction, gram, damping) * keep
+        length = _ratio(size_now, (direction * image).sum(2, keepdim=True))
+        solution += length * direction
+        residual -= length * image
+        scaled = residual * preconditioner
+        size_before, size_now = size_now, (residual * scaled).sum(2, keepdim=True)
+        direction = scaled + _ratio(size_now, size_before) * direction
+    return solution.transpose(0, 1).flatten(1)
+
+
+def _product(x: Tensor, gram: Tensor, damping: Tensor) -> Tensor:
+    return x @ gram + damping * x
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator, 0.0)

@@ -1,0 +1,117 @@
+"""What survives makes up for what becomes zero: against an exact solution in float64, through a whole run."""
+
+import pytest
+import torch
+from conftest import VOCAB, tiny_bert, tiny_gpt2, tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_lpdecay import LpDecayConfig
+from hf_lpdecay.sparsity import Compensation, compensation, input_dims, participants
+from hf_lpdecay.sparsity.compensation import DAMPING, block_size, compensated
+
+
+def problem(rows, blocks, size, seed, share=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(size, size, generator=generator)
+    features = torch.randn(blocks, 4 * size, size, generator=generator) @ mix
+    weight = torch.randn(rows, blocks * size, generator=generator)
+    gone = torch.rand(weight.shape, generator=generator) < share
+    return weight, gone, features.transpose(1, 2) @ features
+
+
+def damped(gram):
+    gram = gram.double()
+    mean = gram.diagonal(dim1=1, dim2=2).mean(1)
+    return torch.block_diag(*(one + DAMPING * m * torch.eye(len(one)) for one, m in zip(gram, mean)))
+
+
+def exact(weight, gone, gram):
+    """The slow twin: one row at a time, by solving for what survives."""
+    hessian, result = damped(gram), torch.zeros(weight.shape, dtype=torch.float64)
+    for row, (values, mask) in enumerate(zip(weight.double(), gone)):
+        keep = ~mask
+        if keep.any():
+            result[row, keep] = torch.linalg.solve(hessian[keep][:, keep], (hessian @ values)[keep])
+    return result
+
+
+def error(found, weight, gram):
+    change = found.double() - weight.double()
+    return ((change @ damped(gram)) * change).sum(1)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_with_enough_iterations_it_is_the_exact_solution(monkeypatch, blocks):
+    weight, gone, gram = problem(8, blocks, 12, seed=0)
+    monkeypatch.setattr(compensation, "ITERATIONS", 40)
+    found = compensated(weight, gone, gram)
+    torch.testing.assert_close(found.double(), exact(weight, gone, gram), rtol=1e-3, atol=1e-4)
+
+
+@given(
+    rows=st.integers(1, 5), blocks=st.integers(1, 3), size=st.integers(1, 9), seed=st.integers(0, 1000),
+    share=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+)  # fmt: skip
+def test_it_never_does_worse_than_leaving_the_others_alone(rows, blocks, size, seed, share):
+    weight, gone, gram = problem(rows, blocks, size, seed, share)
+    found = compensated(weight, gone, gram)
+    assert not found[gone].any()
+    alone, best = error(weight * ~gone, weight, gram), error(exact(weight, gone, gram), weight, gram)
+    ours = error(found, weight, gram)
+    assert (ours <= alone * (1 + 1e-4) + 1e-4).all()
+    assert (ours >= best * (1 - 1e-4) - 1e-4).all()
+    if share == 0:
+        torch.testing.assert_close(found, weight)
+
+
+def test_nothing_was_heard_and_dead_features():
+    weight, gone, gram = problem(4, 1, 6, seed=1)
+    assert torch.equal(compensated(weight, gone, torch.zeros_like(gram)), weight * ~gone)
+    gram[:, 2], gram[:, :, 2] = 0, 0  # a feature that is always zero
+    assert compensated(weight, gone, gram).isfinite().all()
+
+
+def test_two_iterations_find_most_of_it():
+    weight, gone, gram = problem(64, 1, 48, seed=2)
+    alone, best = (error(x, weight, gram).sum() for x in (weight * ~gone, exact(weight, gone, gram)))
+    assert error(compensated(weight, gone, gram), weight, gram).sum() - best < 0.2 * (alone - best)
+
+
+def test_many_features_are_divided_into_equal_blocks():
+    assert [block_size(n) for n in (1, 576, 2048, 2560, 8192, 11008, 18944)] == [1, 576, 2048, 1280, 2048, 1376, 1184]
+    assert block_size(2053) == 1  # a prime number
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert])
+def test_what_is_heard_are_the_products_of_the_input_features(make):
+    model = make()
+    config = LpDecayConfig(target_sparsity=0.5)
+    params, dims = participants(model, config), input_dims(model)
+    optimizer = torch.optim.SGD(params.values())
+    heard = Compensation(model, {param: dims.get(name, 1) for name, param in params.items()}, optimizer)
+    weights = {id(param): name for name, param in params.items()}
+    expected, handles = {}, []
+    for module in model.modules():
+        if (name := weights.get(id(getattr(module, "weight", None)))) is not None:
+
+            def hook(module, inputs, name=name):
+                x = inputs[0].detach().double().flatten(0, -2)
+                expected[name] = expected.get(name, 0) + x.T @ x
+
+            handles.append(module.register_forward_pre_hook(hook))
+    for seed in range(2):
+        ids = torch.randint(VOCAB, (2, 8), generator=torch.Generator().manual_seed(seed))
+        model.train()(input_ids=ids)
+        for handle in handles if seed else []:
+            handle.remove()
+    model.eval()(input_ids=ids)  # has no say
+    assert expected.keys() == params.keys()
+    for name, param in params.items():
+        torch.testing.assert_close(optimizer.state[param]["lp_gram"][0].double(), expected[name], rtol=1e-4, atol=1e-4)
+    grams = [optimizer.state[param]["lp_gram"] for param in params.values()]
+    if make is tiny_llama:  # what queries, keys and values read is one, and what gate and up read
+        assert len({gram.data_ptr() for gram in grams}) == 4 * model.config.num_hidden_layers
+    heard.finish()
+    assert not any(optimizer.state[param] for param in params.values())
+    assert not any(module._forward_pre_hooks for module in model.modules())
