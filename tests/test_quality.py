@@ -73,10 +73,29 @@ def test_the_decay_beats_gradual_magnitude_pruning(learned, tmp_path, target, sc
     losses = {}
     for name, options, callback in (
         ("lp", {"scope": scope}, None),
-        ("gmp", {"importance": "magnitude"}, GradualPruning),
+        ("gmp", {"importance": "magnitude", "compensate": False}, GradualPruning),
     ):
         model = copy.deepcopy(learned)
         config = LpDecayConfig(target_sparsity=target, **options)
         losses[name] = loss_after(tmp_path / name, model, config, 40, 1e-3, callback, seed)
         assert measure_sparsity(model).sparsity == pytest.approx(target, abs=1e-3)
     assert losses["lp"] - ENTROPY < share * (losses["gmp"] - ENTROPY), losses
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("target, options, share", [(0.9, {}, 0.85), (0.5, {"pattern": "2:4"}, 0.97)])
+def test_compensation_keeps_more_of_it(learned, tmp_path, target, options, share, seed):
+    losses = {}
+    for compensate in (True, False):
+        config = LpDecayConfig(target_sparsity=target, compensate=compensate, **options)
+        losses[compensate] = loss_after(tmp_path / "out", copy.deepcopy(learned), config, 40, 1e-3, seed=seed)
+    assert losses[True] - ENTROPY < share * (losses[False] - ENTROPY), losses
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_where_plans_are_few_the_decay_beats_a_hard_cut_by_the_same_importance(learned, tmp_path, seed):
+    losses = {}
+    for callback in (None, GradualPruning):
+        config = LpDecayConfig(target_sparsity=0.9, compensate=False, num_plans=4)
+        losses[callback] = loss_after(tmp_path / "out", copy.deepcopy(learned), config, 40, 1e-3, callback, seed)
+    assert losses[None] - ENTROPY < 0.9 * (losses[GradualPruning] - ENTROPY), losses

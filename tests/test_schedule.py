@@ -5,8 +5,31 @@ import torch
 from conftest import controlled, tiny_llama, token_rows, trainer_for, weights
 from transformers import TrainerCallback
 
-from hf_lpdecay import LpDecayConfig, measure_sparsity
+from hf_lpdecay import LpAdamW, LpDecayConfig, measure_sparsity
 from hf_lpdecay.sparsity import Ramp, calibrate
+from hf_lpdecay.sparsity.schedule import strength
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 150])
+@pytest.mark.parametrize("p", [-2.0, 0.0, 0.5, 0.8, 1.5])
+def test_the_strength_takes_a_weight_of_the_size_to_zero_in_time_and_no_sooner(p, steps):
+    size, lr = 0.05, 1e-3
+    reached = []
+    for slack in (1.0, 0.9):
+        param = torch.nn.Parameter(torch.tensor([size, -size], dtype=torch.float64))
+        lp_lambda = slack * strength(p, steps) * size ** (2 - p) / lr
+        optimizer = LpAdamW([param], lr=lr, p=p, lp_lambda=lp_lambda)
+        for _ in range(steps):
+            param.grad = torch.zeros_like(param)
+            optimizer.step()
+        reached.append(param.abs().max().item())
+    assert reached[0] <= size / 1024 * 1.001 < reached[1]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 0.8])
+def test_in_many_steps_the_strength_is_that_of_a_flow(p):
+    few, many, more = (strength(p, steps) * (2 - p) * steps for steps in (10, 1000, 100_000))
+    assert few > 1.5 and many == pytest.approx(1.0, abs=0.05) and more == pytest.approx(many)
 
 
 class Groups(TrainerCallback):

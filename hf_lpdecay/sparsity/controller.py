@@ -12,7 +12,7 @@ from .compensation import Compensation
 from .importance import importance_from_activations, importance_from_adam, importance_from_calibration
 from .patterns import parse_pattern
 from .quantiles import histogram, kth_smallest, lower_edges
-from .schedule import MIN_IMPORTANCE_STEPS, Ramp, norm
+from .schedule import MIN_IMPORTANCE_STEPS, Ramp, norm, strength
 from .sharding import before_mine, groups_of, is_sharded, placed_like, summed, summed_rows
 from .units import Units
 
@@ -30,7 +30,7 @@ class SparsityController:
     Every few steps it plans, for each tensor: how many weights are due to be zero at the next plan, the size ``q``
     below which they lie, and the strength that takes a weight of that size to zero by then. Under decay alone
     ``r ** (2 - p)`` falls by ``(2 - p) * lambda * lr`` in a step, so with ``A`` the learning rate summed until then,
-    ``lambda = q ** (2 - p) / ((2 - p) * A)``. If `trim` is set, all but the weights below ``q`` are exempt. From the
+    ``lambda = q ** (2 - p) / ((2 - p) * A)``; for a few large steps [`strength`] has the exact number. If `trim` is set, all but the weights below ``q`` are exempt. From the
     first plan on, what is zero stays zero.
 
     The plan lives in the optimizer's state, and what has been done so far in the weights' own zeros, so that the
@@ -164,6 +164,9 @@ class SparsityController:
 
     def _plan(self, step: int, following: int, summed_lr: list[float]) -> None:
         sparsity, p = self.ramp.sparsity(following), norm(self.config, self.ramp.progress(step))
+        steps = following - step
+        # Without trimming the survivors shrink as well: there the strength stays that of many small steps.
+        share = strength(p, steps) if self.config.trim else 1.0 / ((2 - p) * steps)
         counts = torch.stack([sum(histogram(size) for size in self._sizes(pool)) for pool in self._pools])
         counts = summed_rows(counts, [self._groups(pool) for pool in self._pools])
         edges = lower_edges(counts, [max(1, self._count(pool, sparsity)) for pool in self._pools])
@@ -181,7 +184,7 @@ class SparsityController:
                     group["pattern"] = self.pattern.spec
                     state["lp_dim"] = self._dims[param]
                     state["lp_rows"] = self.pattern.rows(self._dims[param])
-                state["lp_lambda"] = threshold ** (2 - p) / ((2 - p) * lr) if lr > 0 else 0.0
+                state["lp_lambda"] = threshold ** (2 - p) * share * steps / lr if lr > 0 else 0.0
                 if self.config.trim:
                     state["lp_threshold"] = threshold
 

@@ -1,5 +1,7 @@
 """When the decay acts, and how it changes in the course of a run."""
 
+import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,8 @@ DENSE, DECAY, SETTLE = "dense", "decay", "settle"
 MIN_RAMP_STEPS = 10
 # AdamW's second moment and the activations say little before a few batches have been seen.
 MIN_IMPORTANCE_STEPS = 5
+# From here on the steps are small enough to be taken for a flow.
+_FEW_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,43 @@ def norm(config: "LpDecayConfig", progress: float) -> float:
     if config.p_start is None:
         return config.p
     return config.p_start + progress * (config.p - config.p_start)
+
+
+@functools.cache
+def strength(p: float, steps: int) -> float:
+    """How strong the decay must be to take weights to zero in time.
+
+    Under decay alone ``x ** (2 - p)`` falls by ``(2 - p) * s`` in a step, which makes ``s = 1 / ((2 - p) * steps)``:
+    so it is for many small steps. A few large ones lag behind, as the rule divides by what the size was before.
+
+    Args:
+        p (`float`): The norm, below 2.
+        steps (`int`): Optimizer steps, ``>= 1``.
+
+    Returns:
+        `float`: The smallest ``s = lr * lambda * q ** (p - 2)`` with which a weight of size ``q`` is less than
+            ``q / 1024`` afterwards; from there it collapses.
+    """
+    few = min(steps, _FEW_STEPS)
+    low, high = -40.0, 10.0  # log2 of s
+    for _ in range(40):
+        middle = (low + high) / 2
+        if _log2_size(middle, p, few) > -10:
+            low = middle
+        else:
+            high = middle
+    return 2.0**high * few / steps
+
+
+def _log2_size(log2_s: float, p: float, steps: int) -> float:
+    """log2 of what a size of 1 is after so many steps of decay."""
+    size = 0.0
+    for _ in range(steps):
+        exponent = log2_s + (p - 2) * size
+        size -= math.log2(1.0 + 2.0**exponent) if exponent < 60 else exponent
+        if size < -100:
+            break
+    return size
 
 
 class PlainSchedule:
