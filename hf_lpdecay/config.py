@@ -55,7 +55,8 @@ class LpDecayConfig:
         compensate (`bool`, *optional*): At each plan, move the weights that survive to where their layer's output
             changes least when those that are due become zero: optimal brain surgeon's step, from the input features of
             the last 5 steps before it. In the ramp this costs ``4 * d * min(d, 2048)`` bytes for each input of ``d``
-            features. Defaults to `True` with a target, except under DeepSpeed; impossible without.
+            features. Defaults to `True` with a target, except under DeepSpeed, where it is impossible, and
+            `torch.compile`, where it has the model compiled several times; impossible without a target.
         calibration_batches (`int`, *optional*, defaults to 0): Batches whose gradients are looked at before training
             begins, without a step, so that the `"adam"` importance knows something from the start and the ramp can
             begin at once. Otherwise it waits for 5 steps.

@@ -1,12 +1,14 @@
 """What survives makes up for what becomes zero: against an exact solution in float64, through a whole run."""
 
+import math
+
 import pytest
 import torch
-from conftest import VOCAB, tiny_bert, tiny_gpt2, tiny_llama
+from conftest import VOCAB, tiny_bert, tiny_gpt2, tiny_llama, trainer_for
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_lpdecay import LpDecayConfig
+from hf_lpdecay import LpDecayConfig, measure_sparsity
 from hf_lpdecay.sparsity import Compensation, compensation, input_dims, participants
 from hf_lpdecay.sparsity.compensation import DAMPING, block_size, compensated
 
@@ -115,3 +117,46 @@ def test_what_is_heard_are_the_products_of_the_input_features(make):
     heard.finish()
     assert not any(optimizer.state[param] for param in params.values())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_what_was_made_up_for_is_not_made_up_for_again(dim):
+    weight, gone, gram = problem(8, 1, 12, seed=3)
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weight.t().clone() if dim == 0 else weight.clone())
+    optimizer = torch.optim.SGD(layer.parameters())
+    heard = Compensation(layer, {layer.weight: dim}, optimizer)
+    optimizer.state[layer.weight]["lp_gram"] = gram
+    nothing = torch.zeros_like(gone)
+    masks = (gone.t(), nothing.t()) if dim == 0 else (gone, nothing)
+    heard.apply(layer.weight, *masks)
+    moved = layer.weight.detach().t() if dim == 0 else layer.weight.detach()
+    torch.testing.assert_close(moved, torch.where(gone, weight, compensated(weight, gone, gram)))
+    assert error(moved * ~gone, weight, gram).sum() < 0.5 * error(weight * ~gone, weight, gram).sum()
+    once = layer.weight.detach().clone()
+    heard.apply(layer.weight, masks[0], masks[0])
+    torch.testing.assert_close(layer.weight.detach(), once, rtol=1e-4, atol=1e-5)
+
+
+def test_an_overflow_is_not_heard():
+    layer = torch.nn.Linear(4, 3, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters())
+    Compensation(layer, {layer.weight: 1}, optimizer)
+    features = torch.arange(8.0).view(2, 4)
+    layer(features)
+    layer(features * torch.tensor([1.0, math.inf, 1.0, 1.0]))
+    layer(features * math.nan)
+    assert torch.equal(optimizer.state[layer.weight]["lp_gram"][0], features.T @ features)
+
+
+def test_a_run_compensates_and_leaves_nothing_behind(tmp_path):
+    losses = {}
+    for compensate in (None, False):
+        config = LpDecayConfig(p=0.5, target_sparsity=0.8, compensate=compensate)
+        trainer = trainer_for(tmp_path, config)
+        trainer.train()
+        assert measure_sparsity(trainer.model).sparsity == pytest.approx(0.8, abs=1e-3)
+        assert not any("lp_gram" in state for state in trainer.optimizer.state.values())
+        assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+        losses[compensate] = trainer.evaluate()["eval_loss"]
+    assert losses[None] != losses[False]

@@ -218,9 +218,11 @@ def test_two_processes_agree_on_what_is_wrong_and_write_checkpoints_together(tmp
 
 
 @pytest.mark.parametrize("compiled_by", ["the caller", "the Trainer"])
-def test_compiled_models_are_selected_and_driven_alike(tmp_path, compiled_by):
-    plain = trainer_for(tmp_path / "a", TARGET, model=tiny_llama(tie_word_embeddings=False))
+def test_compiled_models_are_selected_and_driven_alike(tmp_path, compiled_by, capsys):
+    uncompensated = LpDecayConfig(p=0.5, target_sparsity=0.5, compensate=False)
+    plain = trainer_for(tmp_path / "a", uncompensated, model=tiny_llama(tie_word_embeddings=False))
     plain.train()
+    capsys.readouterr()
     model, options = tiny_llama(tie_word_embeddings=False), {}
     if compiled_by == "the caller":
         model = torch.compile(model, backend="eager")
@@ -229,6 +231,7 @@ def test_compiled_models_are_selected_and_driven_alike(tmp_path, compiled_by):
         options = {"torch_compile": True, "torch_compile_backend": "eager"}
     compiled = trainer_for(tmp_path / "b", TARGET, model=model, **options)
     compiled.train()
+    assert "compensate=False" in capsys.readouterr().out
     inner = getattr(compiled.model, "_orig_mod", compiled.model)
     report = measure_sparsity(inner)
     assert report.sparsity == 0.5

@@ -62,6 +62,7 @@ class Compensation:
 
     def finish(self) -> None:
         """Stop listening, and forget what was heard."""
+        self.listening = False  # a compiled model does not notice that its hooks are gone
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object
+from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object, is_compiled_module
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -83,6 +83,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._controller: SparsityController | None = None
         self._schedule: PlainSchedule | None = None
         self._activations: ActivationStatistics | None = None
+        self._compensates: bool | None = None
         self._compensation: Compensation | None = None
 
     def state(self) -> dict[str, Any]:
@@ -107,6 +108,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 " with save_only_model, or with DeepSpeed. Resume in the way that it was written, or start a new run"
                 " from its weights."
             )
+        compiled = args.torch_compile or is_compiled_module(model)
         model = unwrapped(model)
         if self.names is None:
             self.names = list(participants(model, self.lp_config))
@@ -114,6 +116,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._params = {name: params[name] for name in self.names}
         if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
             self._ranges = find_ranges(optimizer, self._params)
+        self._compensates = self.lp_config.compensate
+        if self._compensates is None:  # hooks that act now and then have a model compiled anew
+            self._compensates = not self._ranges and not compiled
         if state.global_step == 0:  # a checkpoint knows
             self._mark(optimizer)
         if self.lp_config.target_sparsity is None:
@@ -216,10 +221,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._ramp = Ramp.from_config(config, state.max_steps, args.get_warmup_steps(state.max_steps))
         units = selected_units(model, config, self._params)
         dims = input_dims(model)
-        if config.compensate is not False and not self._ranges and state.global_step < self._ramp.end:
-            self._compensation = Compensation(
-                model, {param: dims.get(name, 1) for name, param in self._params.items()}, optimizer
-            )
+        if self._compensates and state.global_step < self._ramp.end:
+            inputs = {param: dims.get(name, 1) for name, param in self._params.items()}
+            self._compensation = Compensation(model, inputs, optimizer)
         if self._ranges:
             on_ranges = controller_on_ranges(self.controller_class)
             self._controller = on_ranges(config, self._ranges, optimizer.optimizer, self._ramp, dims, units)
@@ -304,7 +308,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             plan = (
                 f"to {config.target_sparsity:.1%} zeros ({config.pattern}) per {whole} from step {self._ramp.start} to"
                 f" {self._ramp.end}, importance={config.importance}, trim={config.trim},"
-                f" compensate={self._compensation is not None}"
+                f" compensate={self._compensates}"
             )
         examples = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         return (
