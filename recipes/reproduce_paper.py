@@ -132,13 +132,13 @@ def run(script, args, train, validation, vocab_size: int, p: float | None, lp_la
         lp_config=LpDecayConfig(p=p or 0.8, lp_lambda=lp_lambda),
     )
     trainer.train()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    final = trainer.evaluate()["eval_loss"]
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    final = losses.get(trainer.state.global_step) or trainer.evaluate()["eval_loss"]
     return {
         "p": p,
         "lp_lambda": lp_lambda,
         "loss": final,
-        "best_loss": min([*losses, final]),
+        "best_loss": min([*losses.values(), final]),
         "sparsity": measure_sparsity(trainer.model).sparsity,
         "steps": trainer.state.global_step,
     }
