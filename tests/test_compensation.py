@@ -1,6 +1,8 @@
 """What survives makes up for what becomes zero: against an exact solution in float64, through a whole run."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -160,3 +162,30 @@ def test_a_run_compensates_and_leaves_nothing_behind(tmp_path):
         assert not any(module._forward_pre_hooks for module in trainer.model.modules())
         losses[compensate] = trainer.evaluate()["eval_loss"]
     assert losses[None] != losses[False]
+
+
+PLACEMENTS = """
+import sys, torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from hf_lpdecay.sparsity import Compensation
+from hf_lpdecay.sparsity.sharding import has_whole_rows
+
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+weights = [distribute_tensor(torch.ones(4, 6), mesh, [where]) for where in (Shard(0), Shard(1), Replicate())]
+assert [has_whole_rows(weight, 1) for weight in weights] == [True, False, True]
+assert [has_whole_rows(weight, 0) for weight in weights] == [False, True, True]
+layer = torch.nn.Module()
+layer.weight = torch.nn.Parameter(weights[0])
+optimizer = torch.optim.SGD(layer.parameters())
+assert not Compensation(layer, {layer.weight: 0}, optimizer)._handles
+assert Compensation(layer, {layer.weight: 1}, optimizer)._handles
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_process_without_whole_rows_leaves_a_weight_alone(tmp_path):
+    command = [sys.executable, "-c", PLACEMENTS, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

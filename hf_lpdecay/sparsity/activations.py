@@ -60,7 +60,7 @@ def on_inputs(
     def hook_of(weight: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         # The weight as the optimizer knows it: in the forward pass FSDP2 puts another one into the module.
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if module.training:  # evaluation data has no say in what is kept
+            if module.training and inputs:  # evaluation data has no say in what is kept
                 callback(weight, inputs[0])
 
         return hook

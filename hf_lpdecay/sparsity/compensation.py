@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..optim.pieces import local
 from .activations import on_inputs
+from .sharding import has_whole_rows
 
 
 # Input features that are compared with each other: more of them cost more than the weights that they belong to.
@@ -37,10 +38,11 @@ class Compensation:
 
     def __init__(self, model: nn.Module, dims: dict[Tensor, int], optimizer: torch.optim.Optimizer):
         self.listening = True
-        self._dims = dims
+        # A process that holds parts of rows cannot solve for them: such weights are left alone.
+        self._dims = {param: dim for param, dim in dims.items() if has_whole_rows(param, dim)}
         self._state = optimizer.state
         self._last: tuple[weakref.ref | None, Tensor | None] = (None, None)
-        self._handles = on_inputs(model, list(dims), self._add)
+        self._handles = on_inputs(model, list(self._dims), self._add)
 
     @torch.no_grad()
     def _add(self, weight: Tensor, features: Tensor) -> None:
@@ -75,6 +77,8 @@ class Compensation:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         params = list(self._dims)
+        if not params:
+            return
         heard = torch.tensor([float("lp_gram" in self._state[param]) for param in params], device=params[0].device)
         torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MIN)
         grams = {}
@@ -106,7 +110,9 @@ class Compensation:
             weight, gone, before = weight.t(), gone.t(), before.t()
         rows = max(1, _PIECE // weight.shape[1])
         for piece, mask, done in zip(weight.split(rows), gone.split(rows), before.split(rows)):
-            piece.copy_(torch.where(mask, piece, compensated(piece.masked_fill(done & mask, 0.0), mask, gram)))
+            reference = piece.masked_fill(done & mask, 0.0)
+            change = compensated(reference, mask, gram) - reference.float()
+            piece.add_(change.masked_fill_(mask, 0.0))
 
 
 def block_size(features: int) -> int:

@@ -14,6 +14,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
 
 
+def has_whole_rows(tensor: Tensor, dim: int) -> bool:
+    """Whether what is here of a weight holds all of its input features, which lie along `dim`."""
+    return not isinstance(tensor, DTensor) or not any(placement.is_shard(dim) for placement in tensor.placements)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor as a whole, the same in every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
