@@ -124,7 +124,7 @@ def test_a_resumed_run_of_shards_goes_on_to_compensate(tmp_path):
     whole = trained(tmp_path / "whole", GLOBAL, **options)
     resumed = trained(tmp_path / "resumed", GLOBAL, **options, resume=str(tmp_path / "whole" / "checkpoint-12"))
     # Near, not the same: what was heard before the checkpoint is not in it.
-    assert [log["loss"] for log in resumed[-4:]] == pytest.approx([log["loss"] for log in whole[-4:]], abs=1e-2)
+    assert [log["loss"] for log in resumed[-4:]] == pytest.approx([log["loss"] for log in whole[-4:]], abs=5e-2)
     assert resumed[-1]["sparsity"] == whole[-1]["sparsity"]
 
 

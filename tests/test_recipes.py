@@ -231,7 +231,18 @@ LANGUAGE_CONFIGS = [
 
 @pytest.mark.parametrize("path", LANGUAGE_CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_language_model_config_trains(path, command, tmp_path):
-    flags = ["--config", str(path), "--max_steps", "24", "--warmup_steps", "0", "--gradient_accumulation_steps", "1"]
+    flags = [
+        "--config",
+        str(path),
+        "--max_steps",
+        "24",
+        "--ramp_end",
+        "0.7",
+        "--warmup_steps",
+        "0",
+        "--gradient_accumulation_steps",
+        "1",
+    ]
     assert finetune.main([*command, *flags]) == 0
     facts = json.loads((tmp_path / "out" / "sparsity.json").read_text())
     expected = yaml.safe_load(path.read_text())

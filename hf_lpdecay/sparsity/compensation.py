@@ -102,7 +102,7 @@ class Compensation:
             before (`torch.Tensor`): Which of them have been made up for already, likewise.
         """
         gram = self._state[param].get("lp_gram")
-        if gram is None:
+        if gram is None:  # nothing was heard yet, as in a ramp that begins with the training
             return
         weight = local(param)
         gone, before = gone.expand(weight.shape) | (weight == 0), before.expand(weight.shape)

@@ -49,7 +49,7 @@ class Ramp:
             ValueError: If the ramp has fewer than 10 steps.
         """
         start = max(round(config.ramp_start * total_steps), warmup_steps)
-        if (config.importance != "magnitude" or config.compensate is not False) and not config.calibration_batches:
+        if config.importance != "magnitude" and not config.calibration_batches:
             start = max(start, MIN_IMPORTANCE_STEPS)
         end = round(config.ramp_end * total_steps)
         if end - start < MIN_RAMP_STEPS:
