@@ -93,6 +93,9 @@ def main(argv: list[str]) -> int:
         write_report(script, trainer, {"before": before, "after": after}, seconds)
     if args.push_to_hub:  # again, now that the card has results
         trainer.push_to_hub()
+    # Together: a process that leaves while others are still connected to it can take them along.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return 0
 
 

@@ -328,7 +328,9 @@ def test_two_processes_train_the_model_that_one_trains_on_the_same_batches(comma
     two = [*launch, RECIPES / "accelerate" / "ddp.yaml", RECIPES / "finetune.py", *command, *flags, tmp_path / "two"]
     two[two.index("--per_device_train_batch_size", two.index("--max_steps")) + 1] = "2"
     for run in (one, two):
-        subprocess.run(run, check=True, capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(run, capture_output=True, text=True, timeout=200, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
     facts = [json.loads((tmp_path / name / "sparsity.json").read_text()) for name in ("one", "two")]
     assert facts[0]["sparsity"] == facts[1]["sparsity"] == 0.5
     assert facts[0]["training"]["batch_size"] == facts[1]["training"]["batch_size"] == 4
