@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..sparsity.sharding import several_processes
+
 
 @dataclass(frozen=True)
 class TextLoss:
@@ -167,7 +169,7 @@ def window_losses(
         `torch.Tensor`: float64, shape (windows,), on the CPU.
     """
     rank, processes = 0, 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if several_processes():
         rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
     mine = range(rank, len(windows), processes)
     device = next(model.parameters()).device

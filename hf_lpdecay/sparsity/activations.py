@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .sharding import several_processes
+
 
 class ActivationStatistics:
     """Averages the square of each input feature of the layers that hold the selected weights, by forward hooks.
@@ -36,7 +38,7 @@ class ActivationStatistics:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if several_processes():
             for param in self._params:
                 # Averaging is enough: the processes see equally many tokens, and only ratios count.
                 torch.distributed.all_reduce(self._state[param]["lp_feature_sq"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .sharding import whole
+from .sharding import several_processes, whole
 
 
 def calibrate(
@@ -55,7 +55,7 @@ def calibrate(
     model.train(training)
     if not taken:
         raise ValueError("calibration_batches needs at least one training batch, but there are none.")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if several_processes():
         # Sums are as good as means: only ratios count.
         for param in params:
             for name in ("lp_row_sq", "lp_col_sq"):

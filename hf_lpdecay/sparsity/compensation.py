@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..optim.pieces import local
 from .activations import on_inputs
-from .sharding import has_whole_rows
+from .sharding import has_whole_rows, several_processes
 
 
 # Input features that are compared with each other: more of them cost more than the weights that they belong to.
@@ -74,7 +74,7 @@ class Compensation:
 
     def gather(self) -> None:
         """Bring together what all processes have heard."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not several_processes():
             return
         params = list(self._dims)
         if not params:

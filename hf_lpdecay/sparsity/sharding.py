@@ -9,6 +9,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
+def several_processes() -> bool:
+    """Whether there are others to put together with what is known here."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether other processes hold other pieces."""
     return isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
