@@ -57,11 +57,12 @@ class LpDecayConfig:
             the last 5 steps before it. In the ramp this costs ``4 * d * min(d, 2048)`` bytes for each input of ``d``
             features. Defaults to `True` with a target, except under DeepSpeed, where it is impossible, and
             `torch.compile`, where it has the model compiled several times; impossible without a target.
-        calibration_batches (`int`, *optional*, defaults to 0): Batches whose gradients are looked at before training
-            begins, without a step, so that the `"adam"` importance knows something from the start and the ramp can
-            begin at once. Otherwise it waits for 5 steps.
-        ramp_start (`float`, *optional*, defaults to `0.0`): Where the ramp starts, as a fraction of all steps, though
-            never before the learning rate has warmed up with a target. Only matters with a target or a schedule.
+        calibration_batches (`int`, *optional*, defaults to 0): Batches that are looked at before training begins,
+            without a step: their gradients by the `"adam"` importance, their features by the `"activation"` importance
+            and by `compensate`. The ramp can then begin with the training. Otherwise it waits for the learning rate to
+            warm up, and for 5 steps where the importance must see some batches.
+        ramp_start (`float`, *optional*, defaults to `0.0`): Where the ramp starts, as a fraction of all steps. Only
+            matters with a target or a schedule.
         ramp_end (`float`, *optional*, defaults to `0.7`): Where the ramp ends, as a fraction of all steps. In a short
             run a pattern such as 2:4 ends better with 0.3, which leaves it time to recover.
         num_plans (`int`, *optional*, defaults to `20`): How often in the ramp the strength is planned anew.
@@ -116,7 +117,7 @@ class LpDecayConfig:
         default=None, metadata={"help": "Let survivors make up for what goes. Defaults to True with a target."}
     )
     calibration_batches: int = field(
-        default=0, metadata={"help": "Batches whose gradients are looked at before training begins."}
+        default=0, metadata={"help": "Batches that importance and compensation look at before training begins."}
     )
     ramp_start: float = field(default=0.0, metadata={"help": "Start of the ramp, as a fraction of all steps."})
     ramp_end: float = field(default=0.7, metadata={"help": "End of the ramp, as a fraction of all steps."})
@@ -246,10 +247,10 @@ class LpDecayConfig:
             return
         self.importance = "adam" if self.importance is None else self.importance
         self.trim = True if self.trim is None else self.trim
-        if self.calibration_batches and self.importance != "adam":
+        if self.calibration_batches and self.importance == "magnitude" and self.compensate is False:
             raise ValueError(
-                f"calibration_batches={self.calibration_batches} is for importance='adam', but it is"
-                f" {self.importance!r}: leave one of them out."
+                f"calibration_batches={self.calibration_batches} tells importance='adam', importance='activation' or"
+                " compensate something: with importance='magnitude' and compensate=False leave it out."
             )
         if self.lp_lambda_schedule != "constant":
             raise ValueError(

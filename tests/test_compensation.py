@@ -9,6 +9,7 @@ import torch
 from conftest import VOCAB, tiny_bert, tiny_gpt2, tiny_llama, trainer_for
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TrainerCallback
 
 from hf_lpdecay import LpDecayConfig, measure_sparsity
 from hf_lpdecay.sparsity import Compensation, compensation, input_dims, participants
@@ -162,6 +163,62 @@ def test_a_run_compensates_and_leaves_nothing_behind(tmp_path):
         assert not any(module._forward_pre_hooks for module in trainer.model.modules())
         losses[compensate] = trainer.evaluate()["eval_loss"]
     assert losses[None] != losses[False]
+
+
+@pytest.mark.parametrize("importance", ["activation", "magnitude"])
+def test_what_needs_no_gradient_hears_the_batches_before_the_training_and_begins_with_it(tmp_path, importance):
+    seen = {}
+
+    class Peek(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            seen["grads"] = [param.grad for param in model.parameters()]
+            for name, param in model.named_parameters():
+                if "lp_gram" in optimizer.state[param]:
+                    seen[name] = {key: value for key, value in optimizer.state[param].items() if key != "lp_gram"}
+                    seen[name]["gram"] = optimizer.state[param]["lp_gram"][0].double()
+
+    config = LpDecayConfig(p=0.5, pattern="2:4", importance=importance, calibration_batches=3, ramp_end=0.4)
+    model = tiny_llama(attention_dropout=0.0)
+    trainer = trainer_for(tmp_path, config, model=model, callbacks=[Peek()], warmup_steps=5)
+    trainer.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, Peek))  # behind ours
+    batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(3))]
+    twin, inputs = tiny_llama(attention_dropout=0.0).double().train(), {}
+    for name, module in twin.named_modules():
+        if isinstance(module, torch.nn.Linear):
+
+            def hook(module, x, name=name):
+                inputs.setdefault(name, []).append(x[0].detach().flatten(0, -2))
+
+            module.register_forward_pre_hook(hook)
+    with torch.random.fork_rng():
+        for batch in batches:
+            twin(**batch)
+    trainer.train()
+    assert seen.pop("grads") == [None] * len(list(model.parameters()))
+    assert len(seen) == 14
+    for name, state in seen.items():
+        x = torch.cat(inputs[name.removesuffix(".weight")])
+        torch.testing.assert_close(state["gram"], x.T @ x, rtol=1e-3, atol=1e-3)
+        assert "lp_lambda" in state  # the first plan was made before the first step
+        if importance == "activation":
+            rms = x.square().mean(0).sqrt()
+            torch.testing.assert_close(state["lp_col"][0].double(), rms / rms.square().mean().sqrt(), rtol=1e-3, atol=0)
+    assert measure_sparsity(model).sparsity == 0.5
+
+
+def test_a_head_that_is_tied_to_the_embedding_can_be_compensated(tmp_path):
+    model = tiny_llama(attention_dropout=0.0)
+    config = LpDecayConfig(p=0.5, target_sparsity=0.6, target_modules=["lm_head", "up_proj"])
+    trainer_for(tmp_path, config, model=model).train()
+    report = measure_sparsity(model, ["lm_head", "up_proj"])
+    assert report.sparsity == pytest.approx(0.6, abs=1e-3)
+    assert model.get_input_embeddings().weight is model.lm_head.weight
+    heard = Compensation(model, {model.lm_head.weight: 1}, optimizer := torch.optim.SGD(model.parameters()))
+    features = model.train().model(torch.arange(3, 9)[None]).last_hidden_state.detach().double()[0]
+    model.lm_head(features.float())
+    gram = optimizer.state[model.lm_head.weight]["lp_gram"][0]
+    torch.testing.assert_close(gram.double(), features.T @ features, rtol=1e-4, atol=1e-4)
+    heard.finish()
 
 
 PLACEMENTS = """

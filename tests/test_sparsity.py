@@ -275,8 +275,8 @@ def test_plot_is_a_picture_with_and_without_a_course(tmp_path):
         ({"target_sparsity": 0.5, "calibration_batches": -1}, "Invalid calibration_batches: -1"),
         ({"lp_lambda": 0.1, "calibration_batches": 2}, "calibration_batches=2 needs a target_sparsity"),
         (
-            {"target_sparsity": 0.5, "importance": "magnitude", "calibration_batches": 2},
-            "calibration_batches=2 is for importance='adam', but it is 'magnitude'",
+            {"target_sparsity": 0.5, "importance": "magnitude", "compensate": False, "calibration_batches": 2},
+            "calibration_batches=2 tells .* with importance='magnitude' and compensate=False leave it out",
         ),
         ({"target_sparsity": 0.5, "pattern": "neurons", "scope": "global"}, "pattern='neurons' with scope='global'"),
         ({"pattern": "heads", "freeze_zeros": True}, "pattern='heads' needs a target_sparsity"),

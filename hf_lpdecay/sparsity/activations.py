@@ -70,5 +70,6 @@ def on_inputs(
     return [
         module.register_forward_pre_hook(hook_of(module.weight))
         for module in model.modules()
-        if id(getattr(module, "weight", None)) in selected
+        # An embedding that is tied to the head reads no features.
+        if id(getattr(module, "weight", None)) in selected and not isinstance(module, nn.Embedding)
     ]

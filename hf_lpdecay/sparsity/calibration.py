@@ -1,4 +1,4 @@
-"""Squared gradients before the first step, for an importance from the start."""
+"""A look at a few batches before the first step, so that the first plan knows something."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -17,12 +17,14 @@ def calibrate(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[dict[str, Any]],
     count: int,
+    gradients: bool = True,
     show_progress: bool = True,
 ) -> None:
-    """Average the squared gradients of a few batches over rows and columns, without a step.
+    """Show a few batches to the model, without a step: to the hooks that listen to it, and to the importance.
 
-    Written as `lp_row_sq` (n, 1) and `lp_col_sq` (1, m) into the optimizer's state, averaged over all processes. The
-    random numbers of the training that follows are not touched.
+    The squared gradients are averaged over rows and columns and written as `lp_row_sq` (n, 1) and `lp_col_sq` (1, m)
+    into the optimizer's state, averaged over all processes. The random numbers of the training that follows are not
+    touched.
 
     Args:
         model (`nn.Module`): Returns a loss for a batch.
@@ -30,6 +32,8 @@ def calibrate(
         optimizer (`torch.optim.Optimizer`): Steps them.
         batches (`Iterable[dict]`): With labels, on the model's device.
         count (`int`): How many of them to take.
+        gradients (`bool`, *optional*, defaults to `True`): Whether the importance needs gradients; without, only the
+            forward pass is made.
         show_progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Raises:
@@ -40,7 +44,11 @@ def calibrate(
     model.train()
     with torch.random.fork_rng():
         for batch in tqdm(islice(batches, count), total=count, desc="Calibration", disable=not show_progress):
-            loss = model(**batch).loss
+            taken += 1
+            with torch.set_grad_enabled(gradients):
+                loss = model(**batch).loss
+            if not gradients:
+                continue
             if loss is None:
                 raise ValueError("calibration_batches needs batches with labels, but the model returned no loss.")
             loss.backward()
@@ -51,11 +59,10 @@ def calibrate(
                     state = optimizer.state[param]
                     state[name] = mean + state[name] if name in state else mean
             model.zero_grad()
-            taken += 1
     model.train(training)
     if not taken:
         raise ValueError("calibration_batches needs at least one training batch, but there are none.")
-    if several_processes():
+    if gradients and several_processes():
         # Sums are as good as means: only ratios count.
         for param in params:
             for name in ("lp_row_sq", "lp_col_sq"):

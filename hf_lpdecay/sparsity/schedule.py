@@ -48,9 +48,9 @@ class Ramp:
         Raises:
             ValueError: If the ramp has fewer than 10 steps.
         """
-        start = max(round(config.ramp_start * total_steps), warmup_steps)
-        if config.importance != "magnitude" and not config.calibration_batches:
-            start = max(start, MIN_IMPORTANCE_STEPS)
+        start = round(config.ramp_start * total_steps)
+        if not config.calibration_batches:
+            start = max(start, warmup_steps, 0 if config.importance == "magnitude" else MIN_IMPORTANCE_STEPS)
         end = round(config.ramp_end * total_steps)
         if end - start < MIN_RAMP_STEPS:
             raise ValueError(

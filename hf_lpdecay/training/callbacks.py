@@ -232,11 +232,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 config, self._params, optimizer, self._ramp, dims, units, self._compensation
             )
         params = list(self._params.values())
-        if config.importance == "activation" and state.global_step < self._ramp.start:
+        calibrates = config.calibration_batches > 0 and state.global_step == 0
+        if config.importance == "activation" and (calibrates or state.global_step < self._ramp.start):
             self._activations = ActivationStatistics(model, params, optimizer)
-        if config.calibration_batches and state.global_step == 0:
+        if calibrates:
             show = state.is_local_process_zero and not args.disable_tqdm
-            calibrate(model, params, optimizer, batches, config.calibration_batches, show)
+            gradients = config.importance == "adam"
+            calibrate(model, params, optimizer, batches, config.calibration_batches, gradients, show)
 
     def _advance(self, step: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         if self._schedule is not None:
