@@ -52,10 +52,10 @@ class LpDecayConfig:
             a target and `"magnitude"` (the paper's, and the only choice) without.
         trim (`bool`, *optional*): Decay only the weights that are due before the next plan, so that the survivors are
             not shrunk. Defaults to `True` with a target; impossible without.
-        compensate (`bool`, *optional*): At each plan, move the weights that survive to where their layer's output
-            changes least when those that are due become zero: optimal brain surgeon's step, from the input features of
-            the last 5 steps before it. In the ramp this costs ``4 * d * min(d, 2048)`` bytes for each input of ``d``
-            features. Defaults to `True` with a target, except under DeepSpeed, where it is impossible, and
+        compensate (`bool`, *optional*): Until the next plan, move the weights that survive to where their layer's
+            output changes least while those that are due become zero: optimal brain surgeon's step, from the input
+            features of the last 5 steps before the plan. In the ramp this costs a copy of the selected weights, and
+            ``4 * d * min(d, 2048)`` bytes for each input of ``d`` features. Defaults to `True` with a target, except under DeepSpeed, where it is impossible, and
             `torch.compile`, where it has the model compiled several times; impossible without a target.
         calibration_batches (`int`, *optional*, defaults to 0): Batches that are looked at before training begins,
             without a step: their gradients by the `"adam"` importance, their features by the `"activation"` importance

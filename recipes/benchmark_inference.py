@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--task", default="causal-lm", choices=tuple(AUTO_CLASSES), help="Default: causal-lm.")
     parser.add_argument("--csr", nargs="+", default=[], help="Folders to run with to_sparse_csr, beside the others.")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="Of the weights.")
+    parser.add_argument("--batch_size", type=int, default=1, help="Prompts at a time (default: 1).")
     parser.add_argument("--prompt_tokens", type=int, default=256, help="Length of the prompt (default: 256).")
     parser.add_argument("--new_tokens", type=int, default=64, help="Tokens to generate (default: 64).")
     parser.add_argument("--repeats", type=int, default=5, help="Timed rounds, after one that is not (default: 5).")
@@ -87,7 +88,8 @@ def measure(options: argparse.Namespace) -> list[dict]:
         for name, tokens in (("prefill", options.prompt_tokens), ("generate", options.new_tokens)):
             if f"{name}_seconds" not in result:
                 continue
-            result[f"{name}_tokens_per_second"] = tokens / statistics.median(result[f"{name}_seconds"])
+            seconds = statistics.median(result[f"{name}_seconds"])
+            result[f"{name}_tokens_per_second"] = options.batch_size * tokens / seconds
             pairs = zip(results[0][f"{name}_seconds"], result[f"{name}_seconds"])
             result[f"{name}_speedups"] = sorted(reference / own for reference, own in pairs)
     return results
@@ -102,7 +104,8 @@ def serve(connection, folder: str, csr: bool, options: dict) -> None:
     if csr:
         to_sparse_csr(model)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.config.vocab_size, (1, options["prompt_tokens"]), generator=generator)
+    shape = options["batch_size"], options["prompt_tokens"]
+    prompt = torch.randint(model.config.vocab_size, shape, generator=generator)
     model(prompt)
     connection.send(
         {

@@ -1,8 +1,10 @@
 """The inference benchmark, on tiny models."""
 
 import json
+import statistics
 
 import benchmark_inference
+import pytest
 from conftest import tiny_llama
 from test_csr import very_sparse
 from test_shrink import with_dead
@@ -15,11 +17,12 @@ def test_models_side_by_side(tmp_path, capsys):
     model.save_pretrained(tmp_path / "before")
     shrink(model).save_pretrained(tmp_path / "after")
     flags = ["--prompt_tokens", "16", "--new_tokens", "4", "--repeats", "2", "--threads", "1"]
-    flags += ["--results_file", str(tmp_path / "results.json")]
+    flags += ["--batch_size", "3", "--results_file", str(tmp_path / "results.json")]
     assert benchmark_inference.main([str(tmp_path / "before"), str(tmp_path / "after"), *flags]) == 0
     before, after = json.loads((tmp_path / "results.json").read_text())["models"]
     assert before["parameters"] - after["parameters"] == 2 * 3 * 2048 * 32
     assert before["file_bytes"] - after["file_bytes"] > 2 * 3 * 2048 * 32 * 4 * 0.99
+    assert after["generate_tokens_per_second"] * statistics.median(after["generate_seconds"]) == pytest.approx(3 * 4)
     assert before["prefill_speedups"] == before["generate_speedups"] == [1.0, 1.0]
     assert all(len(each["generate_seconds"]) == 2 and each["memory_bytes"] > 0 for each in (before, after))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

@@ -141,6 +141,29 @@ def test_what_was_made_up_for_is_not_made_up_for_again(dim):
     torch.testing.assert_close(layer.weight.detach(), once, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_move_is_spread_over_the_steps_in_which_the_others_decay(dtype):
+    weight, gone, gram = problem(8, 2, 12, seed=4)
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weight.to(dtype))
+    start = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters())
+    heard = Compensation(layer, {layer.weight: 1}, optimizer)
+    optimizer.state[layer.weight]["lp_gram"] = gram
+    heard.apply(layer.weight, gone, torch.zeros_like(gone), steps=5)
+    end = torch.where(gone, start.float(), compensated(start, gone, gram))
+    for step in range(1, 6):
+        heard.advance()
+        # What is less than float32 cannot be moved by so little: it moves at once.
+        share = step / 5 if dtype == torch.float32 else 1.0
+        expected = start.float().lerp(end, share)
+        torch.testing.assert_close(layer.weight.detach().float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    heard.apply(layer.weight, gone, gone)  # nothing is left of the last plan
+    moved = layer.weight.detach().clone()
+    heard.advance()
+    assert torch.equal(layer.weight, moved)
+
+
 def test_an_overflow_is_not_heard():
     layer = torch.nn.Linear(4, 3, bias=False)
     optimizer = torch.optim.SGD(layer.parameters())
@@ -159,7 +182,7 @@ def test_a_run_compensates_and_leaves_nothing_behind(tmp_path):
         trainer = trainer_for(tmp_path, config)
         trainer.train()
         assert measure_sparsity(trainer.model).sparsity == pytest.approx(0.8, abs=1e-3)
-        assert not any("lp_gram" in state for state in trainer.optimizer.state.values())
+        assert not any("lp_gram" in state or "lp_move" in state for state in trainer.optimizer.state.values())
         assert not any(module._forward_pre_hooks for module in trainer.model.modules())
         losses[compensate] = trainer.evaluate()["eval_loss"]
     assert losses[None] != losses[False]

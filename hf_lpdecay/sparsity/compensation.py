@@ -24,11 +24,11 @@ class Compensation:
     """Keeps the layers' outputs while weights become zero: optimal brain surgeon's step, for all of them at once.
 
     Of each layer the products of its input features are summed over a few batches by forward hooks, ``H = X^T X``
-    (SparseGPT's Hessian, arXiv 2301.00774). When weights are due to become zero, the others of the same row move to
-    where the layer's output on these batches changes least.
+    (SparseGPT's Hessian, arXiv 2301.00774). While weights become zero, the others of the same row move to where the
+    layer's output on these batches changes least, step by step as those decay.
 
-    ``H`` is kept in the optimizer's state (`lp_gram`), so that a checkpoint holds it; layers that read the same
-    features share it.
+    ``H`` and what a weight moves by in a step are kept in the optimizer's state (`lp_gram` and `lp_move`), so that a
+    checkpoint holds them; layers that read the same features share ``H``.
 
     Args:
         model (`nn.Module`): Holds the layers.
@@ -70,7 +70,8 @@ class Compensation:
         self._handles = []
         self._last = (None, None)
         for param in self._dims:
-            self._state[param].pop("lp_gram", None)
+            for name in ("lp_gram", "lp_move"):
+                self._state[param].pop(name, None)
 
     def gather(self) -> None:
         """Bring together what all processes have heard."""
@@ -93,26 +94,40 @@ class Compensation:
             gram.div_(torch.distributed.get_world_size())
 
     @torch.no_grad()
-    def apply(self, param: Tensor, gone: Tensor, before: Tensor) -> None:
+    def advance(self) -> None:
+        """Move every weight by its share of a step."""
+        moving = [param for param in self._dims if "lp_move" in self._state[param]]
+        if moving:
+            moves = [local(self._state[param]["lp_move"]) for param in moving]
+            torch._foreach_add_([local(param) for param in moving], moves)
+
+    @torch.no_grad()
+    def apply(self, param: Tensor, gone: Tensor, before: Tensor, steps: int = 0) -> None:
         """Move what survives in a weight. What does not is left as it is.
 
         Args:
             param (`torch.Tensor`): The weight. Overwritten.
             gone (`torch.Tensor`): Which weights are due to become zero, bool; broadcasts over the part that is here.
             before (`torch.Tensor`): Which of them have been made up for already, likewise.
+            steps (`int`, *optional*, defaults to 0): Over how many steps to spread it; 0 for at once. Of less than
+                float32, in which a share of a step would be lost, a weight moves at once as well.
         """
-        gram = self._state[param].get("lp_gram")
-        if gram is None:  # nothing was heard yet, as in a ramp that begins with the training
+        state = self._state[param]
+        state.pop("lp_move", None)
+        if "lp_gram" not in state:  # nothing was heard yet, as in a ramp that begins with the training
             return
-        weight = local(param)
+        weight, move, share = local(param), local(param), 1.0
+        if steps and param.dtype == torch.float32:
+            state["lp_move"] = torch.zeros_like(param)
+            move, share = local(state["lp_move"]), 1.0 / steps
         gone, before = gone.expand(weight.shape) | (weight == 0), before.expand(weight.shape)
         if self._dims[param] == 0:
-            weight, gone, before = weight.t(), gone.t(), before.t()
+            weight, move, gone, before = weight.t(), move.t(), gone.t(), before.t()
         rows = max(1, _PIECE // weight.shape[1])
-        for piece, mask, done in zip(weight.split(rows), gone.split(rows), before.split(rows)):
+        for piece, moved, mask, done in zip(*(x.split(rows) for x in (weight, move, gone, before))):
             reference = piece.masked_fill(done & mask, 0.0)
-            change = compensated(reference, mask, gram) - reference.float()
-            piece.add_(change.masked_fill_(mask, 0.0))
+            change = compensated(reference, mask, state["lp_gram"]) - reference.float()
+            moved.add_(change.masked_fill_(mask, 0.0), alpha=share)
 
 
 def block_size(features: int) -> int:

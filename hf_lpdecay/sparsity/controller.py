@@ -99,8 +99,10 @@ class SparsityController:
                 each of the optimizer's groups.
         """
         following = self.ramp.next_plan(step)
-        if self._compensation is not None and (following is not None or step == self.ramp.end):
-            self._compensation.gather()
+        if self._compensation is not None:
+            self._compensation.advance()
+            if following is not None or step == self.ramp.end:
+                self._compensation.gather()
         if step == self.ramp.end:
             self._finish()
         elif following is not None:
@@ -175,7 +177,7 @@ class SparsityController:
         if self._compensation is not None:
             for pool, edge in zip(self._pools, edges):
                 for param, gone, before in self._going(pool, (size < edge for size in self._sizes(pool))):
-                    self._compensation.apply(param, gone, before)
+                    self._compensation.apply(param, gone, before, steps)
         for group, lr in zip(self.optimizer.param_groups, summed_lr):
             for param in self._selected(group):
                 group["p"] = p
