@@ -55,8 +55,9 @@ class LpDecayConfig:
         compensate (`bool`, *optional*): Until the next plan, move the weights that survive to where their layer's
             output changes least while those that are due become zero: optimal brain surgeon's step, from the input
             features of the last 5 steps before the plan. In the ramp this costs a copy of the selected weights, and
-            ``4 * d * min(d, 2048)`` bytes for each input of ``d`` features. Defaults to `True` with a target, except under DeepSpeed, where it is impossible, and
-            `torch.compile`, where it has the model compiled several times; impossible without a target.
+            ``4 * d * min(d, 2048)`` bytes for each input of ``d`` features. Defaults to `True` with a target, except
+            under DeepSpeed, where it is impossible, and `torch.compile`, where it has the model compiled several times;
+            impossible without a target.
         calibration_batches (`int`, *optional*, defaults to 0): Batches that are looked at before training begins,
             without a step: their gradients by the `"adam"` importance, their features by the `"activation"` importance
             and by `compensate`. The ramp can then begin with the training. Otherwise it waits for the learning rate to

@@ -7,7 +7,8 @@ from transformers import TrainerCallback
 
 from hf_lpdecay import LpAdamW, LpDecayConfig, measure_sparsity
 from hf_lpdecay.sparsity import Ramp, calibrate
-from hf_lpdecay.sparsity.schedule import strength
+from hf_lpdecay.sparsity import controller as controller_module
+from hf_lpdecay.sparsity.schedule import shrunk, strength
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 150])
@@ -30,6 +31,43 @@ def test_the_strength_takes_a_weight_of_the_size_to_zero_in_time_and_no_sooner(p
 def test_in_many_steps_the_strength_is_that_of_a_flow(p):
     few, many, more = (strength(p, steps) * (2 - p) * steps for steps in (10, 1000, 100_000))
     assert few > 1.5 and many == pytest.approx(1.0, abs=0.05) and more == pytest.approx(many)
+
+
+@pytest.mark.parametrize("p, steps", [(-1.0, 4), (0.0, 12), (0.5, 1), (0.5, 7), (0.8, 40), (1.5, 10), (0.5, 1000)])
+def test_the_threshold_sinks_between_what_is_due_and_what_is_not(p, steps):
+    size, lr = 0.05, 1e-3
+    lp_lambda = strength(p, steps) * size ** (2 - p) / lr
+    param = torch.nn.Parameter(torch.tensor([size * (1 - 1e-9), -size / 2, size], dtype=torch.float64))
+    optimizer = LpAdamW([param], lr=lr, p=p, lp_lambda=lp_lambda)
+    factors = [shrunk(p, steps, step) for step in range(steps)]
+    for step, factor in enumerate(factors):
+        optimizer.state[param]["lp_threshold"] = size * factor
+        assert param[0] < size * factor
+        if 0 < step and steps < 200:  # as far from the one as from the other
+            assert param[0].item() == pytest.approx(size * factor**2, rel=0.01)
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+    assert factors[0] == 1.0 and factors == sorted(factors, reverse=True)
+    # Of more steps than 200 the last are looked at as one.
+    assert param[:2].abs().max() < size / (1024 if steps < 200 else 20) and param[2] == size
+
+
+@pytest.mark.parametrize("sinks", [True, False])
+def test_no_more_goes_than_is_due_although_the_weights_move(sinks, monkeypatch):
+    if not sinks:
+        monkeypatch.setattr(controller_module, "shrunk", lambda *args: 1.0)
+    params, optimizer, controller = controlled(0.7, num_plans=4, ramp_end=0.9)
+    ahead = []
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, controller.ramp.end):
+        for param in params.values():
+            param.grad = torch.randn(param.shape, generator=generator) * 1e-3
+        optimizer.step()
+        if step > controller.ramp.start and controller.ramp.next_plan(step) is not None:
+            gone = [(param.abs() < 1e-5).sum().item() for param in params.values()]
+            ahead.append(sum(gone) / sum(param.numel() for param in params.values()) - controller.ramp.sparsity(step))
+        controller.after_step(step, lambda steps: [1e-3 * steps])
+    assert len(ahead) == 3 and (max(ahead) < 0.002) == sinks
 
 
 class Groups(TrainerCallback):

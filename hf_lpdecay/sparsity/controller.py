@@ -12,7 +12,7 @@ from .compensation import Compensation
 from .importance import importance_from_activations, importance_from_adam, importance_from_calibration
 from .patterns import parse_pattern
 from .quantiles import histogram, kth_smallest, lower_edges
-from .schedule import MIN_IMPORTANCE_STEPS, Ramp, norm, strength
+from .schedule import MIN_IMPORTANCE_STEPS, Ramp, norm, shrunk, strength
 from .sharding import before_mine, groups_of, is_sharded, placed_like, summed, summed_rows
 from .units import Units
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # it checks its pattern with this room
     from ..config import LpDecayConfig
 
 
-_PLAN = ("lp_lambda", "lp_threshold", "lp_row", "lp_col", "lp_size", "lp_dim", "lp_rows", "lp_row_sq", "lp_col_sq")
+_PLAN = ("lp_lambda", "lp_threshold", "lp_planned", "lp_steps", "lp_row", "lp_col", "lp_size", "lp_dim", "lp_rows", "lp_row_sq", "lp_col_sq")
 
 
 class SparsityController:
@@ -108,6 +108,8 @@ class SparsityController:
         elif following is not None:
             self._weigh(step)
             self._plan(step, following, summed_lr(following - step))
+        elif self.ramp.start < step < self.ramp.end:
+            self._let_go(self.ramp.following(step) - step)
         self._listen(step)
 
     @torch.no_grad()
@@ -188,7 +190,20 @@ class SparsityController:
                     state["lp_rows"] = self.pattern.rows(self._dims[param])
                 state["lp_lambda"] = threshold ** (2 - p) * share * steps / lr if lr > 0 else 0.0
                 if self.config.trim:
-                    state["lp_threshold"] = threshold
+                    state["lp_threshold"] = state["lp_planned"] = threshold
+                    state["lp_steps"] = steps
+
+    def _let_go(self, left: int) -> None:
+        """Lower the thresholds, so `left` steps before the next plan, to where only that which was due at the last one
+        is below them. What else comes near, by learning or by compensation, stays."""
+        if self.config.s_rate < 1:  # which lags behind
+            return
+        for group in self.optimizer.param_groups:
+            for param in self._selected(group):
+                state = self.optimizer.state[param]
+                if "lp_planned" in state:
+                    factor = shrunk(group["p"], state["lp_steps"], state["lp_steps"] - left)
+                    state["lp_threshold"] = state["lp_planned"] * factor
 
     def cut(self, sparsity: float) -> None:
         """Set exactly the smallest weights to zero, as many as `sparsity` says, and freeze all zeros.

@@ -127,6 +127,24 @@ def strength(p: float, steps: int) -> float:
     return 2.0**high * few / steps
 
 
+def shrunk(p: float, steps: int, taken: int) -> float:
+    """How far down what is trimmed reaches in the course of a plan, so that what is not due stays out of its reach.
+
+    At first the decay takes all weights below a size. What was due is soon much smaller, and a weight that comes down
+    to that size later is another one: of what is left between the two, the decay gives up half (on a logarithmic scale).
+
+    Args:
+        p, steps: See [`strength`].
+        taken (`int`): Steps since the plan, from 0 to `steps`.
+
+    Returns:
+        `float`: What the size is multiplied by, from 1 down to about 1 / 32.
+    """
+    few = min(steps, _FEW_STEPS)
+    log2_s = math.log2(strength(p, steps) * steps / few)
+    return 2.0 ** (max(_log2_size(log2_s, p, taken * few // steps), -10.0) / 2)
+
+
 def _log2_size(log2_s: float, p: float, steps: int) -> float:
     """log2 of what a size of 1 is after so many steps of decay."""
     size = 0.0

@@ -5,9 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object, is_compiled_module
+from accelerate.utils import DistributedType, extract_model_from_parallel, is_compiled_module
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -16,7 +15,6 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..config import LpDecayConfig
-from ..optim import LpAdamW
 from ..sparsity import (
     ActivationStatistics,
     Compensation,
@@ -31,7 +29,8 @@ from ..sparsity import (
 from ..sparsity.report import count_nonzero
 from ..sparsity.schedule import DECAY, DENSE, SETTLE
 from ..sparsity.sharding import whole
-from .zero import WeightRange, check_zero, controller_on_ranges, find_ranges
+from .checks import check_optimizer, check_ranks, differences
+from .zero import WeightRange, controller_on_ranges, find_ranges
 
 
 logger = logging.get_logger(__name__)
@@ -99,8 +98,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
         optimizer=None,
         **kwargs,
     ):
-        self._check_ranks()
-        self._check_optimizer(optimizer)
+        check_ranks(self.lp_config)
+        check_optimizer(optimizer, self.lp_config)
         self.check_checkpoint(state)
         if state.global_step and not optimizer.state:
             raise ValueError(
@@ -200,7 +199,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 f"The checkpoint at step {state.global_step} was not written with one SparsityCallback, so it says"
                 " nothing about the decay: start a new run from its weights."
             )
-        changed = _differences(saved["args"]["lp_config"], asdict(self.lp_config), "now")
+        changed = differences(saved["args"]["lp_config"], asdict(self.lp_config), "now")
         if changed:
             raise ValueError(
                 f"This checkpoint was trained with {changed}. Resume with the same LpDecayConfig, or start a"
@@ -257,25 +256,6 @@ class SparsityCallback(TrainerCallback, ExportableState):
         """What the optimizer steps: the selected parameters, or what this process holds of them."""
         return {name: one.partition for name, one in self._ranges.items()} or self._params
 
-    def _check_ranks(self) -> None:
-        """Every process must have the same config, or they would make different weights zero."""
-        first, *others = gather_object([asdict(self.lp_config)])
-        for rank, other in enumerate(others, start=1):
-            changed = _differences(other, first, "rank 0:")
-            if changed:
-                raise ValueError(f"Rank {rank} has an LpDecayConfig with {changed}: give every process the same one.")
-
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        check_sharding(AcceleratorState(), self.lp_config)
-        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-        if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
-            inner = inner.optimizer
-        if not isinstance(inner, LpAdamW):
-            raise ValueError(
-                f"SparsityCallback drives an LpAdamW, but the Trainer steps a {type(inner).__name__}: give the Trainer"
-                " optimizer_cls_and_kwargs=(LpAdamW, {'lr': ...}), or use LpDecayTrainer."
-            )
-
     def _mark(self, optimizer: torch.optim.Optimizer) -> None:
         """Mark the selected parameters in groups that hold others too, such as those that a plain `Trainer` makes.
 
@@ -320,32 +300,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
         )
 
 
-def _differences(config: dict[str, Any], other: dict[str, Any], what: str) -> str:
-    names = [name for name in other if config.get(name, other[name]) != other[name]]
-    return ", ".join(f"{name}={config[name]!r} ({what} {other[name]!r})" for name in names)
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile` and DDP, whose parameters' names have no prefix."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
-
-
-def check_sharding(state: AcceleratorState, config: LpDecayConfig) -> None:
-    """Raise where a process holds pieces of the model that the decay cannot work on."""
-    kind, plugin = state.distributed_type, getattr(state, "fsdp_plugin", None)
-    if plugin is not None and kind != DistributedType.FSDP:
-        raise ValueError(
-            f"FSDP was asked for, but accelerate has set up {kind.value}, as it does without a GPU: leave fsdp out."
-        )
-    if kind == DistributedType.DEEPSPEED:
-        check_zero(state.deepspeed_plugin, config)
-    fsdp1 = kind == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) != 2
-    if fsdp1 or kind == DistributedType.MEGATRON_LM:
-        name = "FSDP1" if fsdp1 else kind.value
-        raise ValueError(
-            f"hf_lpdecay does not support {name}, whose flat pieces of parameters have no rows and columns: use FSDP2"
-            " (fsdp_version: 2), or DDP."
-        )
 
 
 def _summed_lr(optimizer: torch.optim.Optimizer, scheduler: Any) -> Callable[[int], list[float]]:

@@ -13,8 +13,9 @@ from transformers.training_args import OptimizerNames
 from ..config import LpDecayConfig
 from ..optim import LpAdamW
 from ..sparsity import Ramp, participants
-from .callbacks import SparsityCallback, check_sharding, unwrapped
+from .callbacks import SparsityCallback, unwrapped
 from .checkpoints import WholeCheckpointsMixin, last_whole_checkpoint
+from .checks import check_sharding
 from .distillation import Distiller
 from .record import card_facts, write_record
 

@@ -1,0 +1,59 @@
+"""What is checked before a run begins, so that nothing is trained in vain."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, gather_object
+
+from ..config import LpDecayConfig
+from ..optim import LpAdamW
+from .zero import check_zero
+
+
+def check_ranks(config: LpDecayConfig) -> None:
+    """Every process must have the same config, or they would make different weights zero."""
+    first, *others = gather_object([asdict(config)])
+    for rank, other in enumerate(others, start=1):
+        changed = differences(other, first, "rank 0:")
+        if changed:
+            raise ValueError(f"Rank {rank} has an LpDecayConfig with {changed}: give every process the same one.")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, config: LpDecayConfig) -> None:
+    """Raise where the decay cannot act on what the `Trainer` steps."""
+    check_sharding(AcceleratorState(), config)
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+        inner = inner.optimizer
+    if not isinstance(inner, LpAdamW):
+        raise ValueError(
+            f"SparsityCallback drives an LpAdamW, but the Trainer steps a {type(inner).__name__}: give the Trainer"
+            " optimizer_cls_and_kwargs=(LpAdamW, {'lr': ...}), or use LpDecayTrainer."
+        )
+
+
+def check_sharding(state: AcceleratorState, config: LpDecayConfig) -> None:
+    """Raise where a process holds pieces of the model that the decay cannot work on."""
+    kind, plugin = state.distributed_type, getattr(state, "fsdp_plugin", None)
+    if plugin is not None and kind != DistributedType.FSDP:
+        raise ValueError(
+            f"FSDP was asked for, but accelerate has set up {kind.value}, as it does without a GPU: leave fsdp out."
+        )
+    if kind == DistributedType.DEEPSPEED:
+        check_zero(state.deepspeed_plugin, config)
+    fsdp1 = kind == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) != 2
+    if fsdp1 or kind == DistributedType.MEGATRON_LM:
+        name = "FSDP1" if fsdp1 else kind.value
+        raise ValueError(
+            f"hf_lpdecay does not support {name}, whose flat pieces of parameters have no rows and columns: use FSDP2"
+            " (fsdp_version: 2), or DDP."
+        )
+
+
+def differences(config: dict[str, Any], other: dict[str, Any], what: str) -> str:
+    """How one config differs from another, in words; empty if it does not."""
+    names = [name for name in other if config.get(name, other[name]) != other[name]]
+    return ", ".join(f"{name}={config[name]!r} ({what} {other[name]!r})" for name in names)
