@@ -21,7 +21,10 @@ if TYPE_CHECKING:  # it checks its pattern with this room
     from ..config import LpDecayConfig
 
 
-_PLAN = ("lp_lambda", "lp_threshold", "lp_planned", "lp_steps", "lp_row", "lp_col", "lp_size", "lp_dim", "lp_rows", "lp_row_sq", "lp_col_sq")
+_PLAN = (
+    *("lp_lambda", "lp_threshold", "lp_planned", "lp_steps"),
+    *("lp_row", "lp_col", "lp_size", "lp_dim", "lp_rows", "lp_row_sq", "lp_col_sq"),
+)
 
 
 class SparsityController:

@@ -131,7 +131,7 @@ def shrunk(p: float, steps: int, taken: int) -> float:
     """How far down what is trimmed reaches in the course of a plan, so that what is not due stays out of its reach.
 
     At first the decay takes all weights below a size. What was due is soon much smaller, and a weight that comes down
-    to that size later is another one: of what is left between the two, the decay gives up half (on a logarithmic scale).
+    to that size later is another one. Half of what is between the two (on a logarithmic scale) is out of reach.
 
     Args:
         p, steps: See [`strength`].
