@@ -65,7 +65,7 @@ class LpDecayConfig:
         ramp_start (`float`, *optional*, defaults to `0.0`): Where the ramp starts, as a fraction of all steps. Only
             matters with a target or a schedule.
         ramp_end (`float`, *optional*, defaults to `0.7`): Where the ramp ends, as a fraction of all steps. In a short
-            run a pattern such as 2:4 ends better with 0.3, which leaves it time to recover.
+            run a pattern such as 2:4 ends better with 0.1, `calibration_batches` and `importance="activation"`.
         num_plans (`int`, *optional*, defaults to `20`): How often in the ramp the strength is planned anew.
         freeze_zeros (`bool`, *optional*, defaults to `False`): Keep every weight that is exactly zero at zero, from
             the start.

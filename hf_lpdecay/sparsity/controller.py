@@ -34,7 +34,8 @@ class SparsityController:
     below which they lie, and the strength that takes a weight of that size to zero by then. Under decay alone
     ``r ** (2 - p)`` falls by ``(2 - p) * lambda * lr`` in a step, so with ``A`` the learning rate summed until then,
     ``lambda = q ** (2 - p) / ((2 - p) * A)``; for a few large steps [`~.schedule.strength`] has the exact number. If
-    `trim` is set, all but the weights below ``q`` are exempt. From the first plan on, what is zero stays zero.
+    `trim` is set, all but the weights below ``q`` are exempt; until the next plan the threshold sinks with them, so
+    that no other weight gets into their number. From the first plan on, what is zero stays zero.
 
     The plan lives in the optimizer's state, and what has been done so far in the weights' own zeros, so that the
     optimizer's and the model's checkpoints hold everything that a resumed run needs.
