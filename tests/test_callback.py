@@ -134,7 +134,7 @@ def test_sharding_that_is_not_supported_is_refused_by_both_ways(tmp_path, monkey
     plugin = None if version is None else SimpleNamespace(fsdp_version=version)
     # What AcceleratorState asks: after `accelerate launch`, or a look at the plugin.
     state = SimpleNamespace(distributed_type=kind, fsdp_plugin=plugin)
-    monkeypatch.setattr("hf_lpdecay.training.callbacks.AcceleratorState", lambda: state)
+    monkeypatch.setattr("hf_lpdecay.training.checks.AcceleratorState", lambda: state)
     monkeypatch.setattr(ours.accelerator, "state", state)
     with pytest.raises(ValueError, match=message):
         trainer.callback_handler.callbacks[-2].on_train_begin(

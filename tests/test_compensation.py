@@ -158,6 +158,11 @@ def test_a_move_is_spread_over_the_steps_in_which_the_others_decay(dtype):
         share = step / 5 if dtype == torch.float32 else 1.0
         expected = start.float().lerp(end, share)
         torch.testing.assert_close(layer.weight.detach().float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    heard.apply(layer.weight, gone, torch.zeros_like(gone), steps=5)
+    with torch.no_grad():
+        layer.weight[0] = 0.0
+    heard.advance()
+    assert not layer.weight[0].any()  # zero stays zero
     heard.apply(layer.weight, gone, gone)  # nothing is left of the last plan
     moved = layer.weight.detach().clone()
     heard.advance()

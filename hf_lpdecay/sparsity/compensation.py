@@ -95,11 +95,11 @@ class Compensation:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Move every weight by its share of a step."""
-        moving = [param for param in self._dims if "lp_move" in self._state[param]]
-        if moving:
-            moves = [local(self._state[param]["lp_move"]) for param in moving]
-            torch._foreach_add_([local(param) for param in moving], moves)
+        """Move every weight by its share of a step; zero stays zero."""
+        for param in self._dims:
+            if "lp_move" in self._state[param]:
+                weight, move = local(param), local(self._state[param]["lp_move"])
+                weight.add_(move.masked_fill_(weight == 0, 0.0))
 
     @torch.no_grad()
     def apply(self, param: Tensor, gone: Tensor, before: Tensor, steps: int = 0) -> None:
