@@ -35,7 +35,9 @@ class LpDecayConfig:
         target_sparsity (`float`, *optional*): Fraction of the selected weights that shall be zero, in (0, 1).
         target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): Which modules take part, as PEFT
             spells it: a list of name suffixes, a string that is a regular expression for the whole name, or
-            `"all-linear"`: every linear layer but the output head. Embeddings, norms and biases never take part.
+            `"all-linear"`: every linear layer but the output head. Embeddings, norms and biases never take part, except
+            an embedding that is tied to a head which is named: take `importance="activation"` then, since the others
+            take the rows of rare tokens as a whole, from which no gradient recovers.
         exclude_modules (`list[str]` or `str`, *optional*): Which of them do not, spelt alike.
         pattern (`str`, *optional*, defaults to `"unstructured"`): Who competes with whom for being zero: every weight
             for itself; `"n:m"`, such as `"2:4"`: n of any m consecutive weights along the input features survive, which

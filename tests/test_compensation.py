@@ -237,9 +237,13 @@ def test_what_needs_no_gradient_hears_the_batches_before_the_training_and_begins
 def test_a_head_that_is_tied_to_the_embedding_can_be_compensated(tmp_path):
     model = tiny_llama(attention_dropout=0.0)
     config = LpDecayConfig(p=0.5, target_sparsity=0.6, target_modules=["lm_head", "up_proj"])
-    trainer_for(tmp_path, config, model=model).train()
-    report = measure_sparsity(model, ["lm_head", "up_proj"])
+    trainer = trainer_for(tmp_path, config, model=model)
+    trainer.train()
+    report = measure_sparsity(model, trainer.lp_modules)
+    selected = {t.name: t.numel for t in report.tensors if t.selected}
+    assert selected.pop("model.embed_tokens.weight") == VOCAB * 32 and len(selected) == 2
     assert report.sparsity == pytest.approx(0.6, abs=1e-3)
+    assert measure_sparsity(model, ["lm_head", "up_proj"]).to_dict() == report.to_dict()
     assert model.get_input_embeddings().weight is model.lm_head.weight
     heard = Compensation(model, {model.lm_head.weight: 1}, optimizer := torch.optim.SGD(model.parameters()))
     features = model.train().model(torch.arange(3, 9)[None]).last_hidden_state.detach().double()[0]

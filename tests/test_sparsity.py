@@ -69,7 +69,7 @@ def test_what_starts_at_zero_is_refused_by_name_and_left_out_of_all_linear():
     [
         ({"target_modules": ["q_prj"]}, r"matches no linear layer. Did you mean 'q_proj'\?"),
         ({"target_modules": "q_proj"}, "regular expression for the whole name; give a list"),
-        ({"target_modules": ["embed_tokens"]}, "end in: down_proj, gate_proj"),
+        ({"target_modules": ["input_layernorm"]}, "end in: down_proj, gate_proj"),
         ({"exclude_modules": ["qproj"]}, r"exclude_modules=\['qproj'\] matches no linear layer"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "leaves nothing"),
     ],

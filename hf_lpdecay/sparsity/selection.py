@@ -44,16 +44,22 @@ def match_parameters(
     """
     names = {id(param): name for name, param in model.named_parameters()}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+
+    def matching(patterns: Modules) -> list[str]:
+        # The weight of a tied head goes by the embedding's name.
+        other = {name: names[id(module.weight)].removesuffix(".weight") for name, module in linears.items()}
+        return [name for name in linears if _matches(patterns, name) or _matches(patterns, other[name])]
+
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         left_out = _head_and_adapter_names(model)
         tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         chosen = [name for name, m in linears.items() if name not in left_out and id(m.weight) not in tied]
     else:
-        chosen = [name for name in linears if _matches(target_modules, name)]
+        chosen = matching(target_modules)
     if not chosen:
         raise ValueError(_nothing_matches("target_modules", target_modules, linears))
     if exclude_modules:
-        excluded = {name for name in linears if _matches(exclude_modules, name)}
+        excluded = set(matching(exclude_modules))
         if not excluded:
             raise ValueError(_nothing_matches("exclude_modules", exclude_modules, linears))
         chosen = [name for name in chosen if name not in excluded]
