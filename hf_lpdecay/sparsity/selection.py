@@ -47,7 +47,7 @@ def match_parameters(
 
     def matching(patterns: Modules) -> list[str]:
         # The weight of a tied head goes by the embedding's name.
-        other = {name: names[id(module.weight)].removesuffix(".weight") for name, module in linears.items()}
+        other = {name: names.get(id(module.weight), "").removesuffix(".weight") for name, module in linears.items()}
         return [name for name in linears if _matches(patterns, name) or _matches(patterns, other[name])]
 
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
