@@ -151,6 +151,7 @@ def latency_options(folders: list[str], options: argparse.Namespace) -> argparse
         task=options.task,
         csr=[],
         dtype=options.dtype,
+        batch_size=1,
         prompt_tokens=options.context_length,
         new_tokens=64,
         repeats=5,
