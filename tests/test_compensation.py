@@ -245,6 +245,8 @@ def test_a_head_that_is_tied_to_the_embedding_can_be_compensated(tmp_path):
     assert report.sparsity == pytest.approx(0.6, abs=1e-3)
     assert measure_sparsity(model, ["lm_head", "up_proj"]).to_dict() == report.to_dict()
     assert model.get_input_embeddings().weight is model.lm_head.weight
+    with pytest.raises(ValueError, match="end in: down_proj, gate_proj"):  # not an embedding that stands alone
+        measure_sparsity(tiny_llama(tie_word_embeddings=False), ["embed_tokens"])
     heard = Compensation(model, {model.lm_head.weight: 1}, optimizer := torch.optim.SGD(model.parameters()))
     features = model.train().model(torch.arange(3, 9)[None]).last_hidden_state.detach().double()[0]
     model.lm_head(features.float())

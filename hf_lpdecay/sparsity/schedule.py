@@ -127,6 +127,7 @@ def strength(p: float, steps: int) -> float:
     return 2.0**high * few / steps
 
 
+@functools.lru_cache(maxsize=16)  # every tensor asks for the same one in a step
 def shrunk(p: float, steps: int, taken: int) -> float:
     """How far down what is trimmed reaches in the course of a plan, so that what is not due stays out of its reach.
 
