@@ -3,7 +3,7 @@
 On a GPU if there is one, where a step's time is that until the device is done.
 
 python recipes/benchmark_optimizer.py
-python recipes/benchmark_optimizer.py --shapes bert-base --rounds 20 --trainer_steps 0
+python recipes/benchmark_optimizer.py --shapes bert-base --rounds 20 --trainer_steps 0 --zeros 0.5
 """
 
 import argparse
@@ -115,6 +115,7 @@ def rivals(params: list[Tensor]) -> dict[str, Any]:
         optimizers[f"a plan, scope={scope}"] = Planner(params, scope)
     for param in params:
         moments = {"exp_avg": torch.randn_like(param) * 1e-3, "exp_avg_sq": torch.rand_like(param) * 1e-6}
+        moments = {name: moment * (param != 0) for name, moment in moments.items()}
         for optimizer in optimizers.values():
             step = torch.tensor(10.0, device=DEVICE if counts_on_device(optimizer) else "cpu")
             optimizer.state[param] = {"step": step, **moments}
@@ -169,7 +170,7 @@ def _status(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
-def benchmark(name: str, rounds: int) -> dict[str, Any]:
+def benchmark(name: str, rounds: int, zeros: float) -> dict[str, Any]:
     """One table: every rival steps once in each round."""
     model_class, config = SHAPES[name]
     with torch.device("meta"):
@@ -177,7 +178,9 @@ def benchmark(name: str, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, device=DEVICE) * 0.02) for shape in shapes]
     for param in params:
-        param.grad = torch.randn_like(param) * 1e-3
+        param.data.masked_fill_(torch.rand_like(param) < zeros, 0.0)
+        # Zero gradients and moments where the weight is zero, so that no rival moves it from there.
+        param.grad = torch.randn_like(param) * 1e-3 * (param.detach() != 0)
     optimizers, numel = rivals(params), sum(param.numel() for param in params)
     largest = max(params, key=torch.numel).detach()
     target = torch.zeros_like(largest)
@@ -192,6 +195,7 @@ def benchmark(name: str, rounds: int) -> dict[str, Any]:
     return {
         "shapes": name,
         "parameters": numel,
+        "zeros": zeros,
         "tensors": len(params),
         "copy_gb_per_s": 8 * largest.numel() / statistics.median(copies) / 1e6,
         "rivals": {
@@ -210,8 +214,8 @@ def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     fused = result["rivals"]["torch AdamW, fused"]["ms"]
     lines = [
-        f"{result['shapes']}: {result['parameters']:,} parameters in {result['tensors']} tensors on {DEVICE}; a copy"
-        f" runs at {result['copy_gb_per_s']:.0f} GB/s",
+        f"{result['shapes']}: {result['parameters']:,} parameters in {result['tensors']} tensors, {result['zeros']:.0%}"
+        f" zeros, on {DEVICE}; a copy runs at {result['copy_gb_per_s']:.0f} GB/s",
         "",
         "| step | ms (quartiles) | to fused AdamW | GB/s | extra bytes per parameter | first step, ms |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -283,18 +287,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="Which models.")
     parser.add_argument("--rounds", type=int, default=7, help="Steps of each rival, interleaved.")
+    parser.add_argument("--zeros", type=float, default=0.0, help="Share of the weights that are zero, as in a ramp.")
     parser.add_argument("--trainer_steps", type=int, default=16, help="Steps in the Trainer; 0 leaves it out.")
     parser.add_argument("--results_file", type=Path, help="Where the numbers go as JSON.")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error(f"--rounds {arguments.rounds}: quartiles need at least 2.")
+    if not 0 <= arguments.zeros <= 1:
+        parser.error(f"--zeros {arguments.zeros}: a share between 0 and 1.")
     if arguments.trainer_steps and arguments.trainer_steps < 16:
         parser.error(f"--trainer_steps {arguments.trainer_steps}: a ramp needs at least 16, or 0 to leave it out.")
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     results: dict[str, Any] = {"torch": torch.__version__, "device": device, "threads": torch.get_num_threads()}
     results["shapes"] = []
     for name in arguments.shapes:
-        result = benchmark(name, arguments.rounds)
+        result = benchmark(name, arguments.rounds, arguments.zeros)
         results["shapes"].append(result)
         tqdm.write(table(result) + "\n")
     if arguments.trainer_steps:

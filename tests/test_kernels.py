@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import benchmark_optimizer
 import pytest
@@ -136,6 +137,24 @@ def test_bfloat16_draws_the_same_random_bits_as_torch_operations_do(float32_mome
     assert (ours == theirs).float().mean() > 0.97
     assert torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=1e-3)
     assert torch.allclose(state["exp_avg_sq"].float(), expected["exp_avg_sq"].float(), rtol=0.02, atol=1e-12)
+
+
+def test_zeros_take_no_longer_than_other_weights():
+    """Of a zero, and of what is about to be one, the decay must not compute with subnormal numbers."""
+    torch.manual_seed(0)
+    seconds = []
+    for zeros in (0.0, 0.5):
+        param = torch.nn.Parameter(torch.randn(1 << 16).mul_(0.02).masked_fill_(torch.rand(1 << 16) < zeros, 0.0))
+        param.grad = torch.randn_like(param) * 1e-3
+        optimizer = LpAdamW([param], lr=1e-7, p=0.3, lp_lambda=1e-3, fused=True)
+        times = []
+        for _ in range(100):
+            start = time.perf_counter()
+            optimizer.step()
+            times.append(time.perf_counter() - start)
+        assert (param == 0).float().mean() == pytest.approx(zeros, abs=0.01)
+        seconds.append(min(times))
+    assert seconds[1] < 1.5 * seconds[0]
 
 
 def test_what_the_kernel_does_not_cover_is_updated_all_the_same(monkeypatch):

@@ -113,17 +113,18 @@ static void update(const Task& task, int64_t begin, int64_t end, float row, cons
         // The decay multiplies with numerator / x.
         float numerator = NORM == 4 ? t.strength : NORM < 0 ? 1.0f : short_cut(r);
         float x = NORM == 4 ? 1.0f : NORM < 0 ? 1.0f + power_of(r, t.power, t.strength) : numerator + t.strength;
-        bool due = r < t.threshold;
+        bool zero = size <= t.frozen;
+        if (FACTORS || POST_STEP) zero |= r <= t.absorbed;  // otherwise size is r, and frozen the larger of the two
+        // Of what becomes zero anyway x can be so large that its inverse is subnormal, which takes many times as long.
+        bool due = r < t.threshold && !zero;
         float over = due ? x : 1.0f;
         if (ALONE || POST_STEP) {
-            w_hat *= due ? numerator / x : 1.0f;
+            w_hat *= (due ? numerator : 1.0f) / over;
         } else {  // one division for both quotients; nothing is rounded where there is nothing to do
             float inverse = 1.0f / (d * over);
             w_hat -= t.step_size * (m * (inverse * over));
             w_hat *= due ? numerator * (NORM == 4 ? 1.0f : inverse * d) : 1.0f;
         }
-        bool zero = size <= t.frozen;
-        if (FACTORS || POST_STEP) zero |= r <= t.absorbed;  // otherwise size is r, and frozen the larger of the two
         w_hat = zero ? 0.0f : w_hat;
         uint32_t bits = sizeof(WEIGHT) == 2 ? hash((uint32_t)i + t.seed) : 0;
         if (!ALONE) {
