@@ -83,6 +83,18 @@ def test_a_few_iterations_find_most_of_it():
     assert error(compensated(weight, gone, gram), weight, gram).sum() - best < 0.2 * (alone - best)
 
 
+def test_a_few_directions_that_hold_most_of_the_features_do_not_slow_it_down():
+    """As in language models; with a diagonal preconditioner it ends 70 % above the best."""
+    weight, gone, _ = problem(64, 1, 128, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    strengths = torch.logspace(2, 0, 8)
+    features = torch.randn(1, 512, 8, generator=generator) * strengths @ torch.randn(8, 128, generator=generator)
+    features += torch.randn(1, 512, 128, generator=generator)
+    gram = features.transpose(1, 2) @ features
+    best = error(exact(weight, gone, gram), weight, gram).sum()
+    assert error(compensated(weight, gone, gram), weight, gram).sum() < 1.02 * best
+
+
 def test_many_features_are_divided_into_equal_blocks():
     assert [block_size(n) for n in (1, 576, 2048, 2560, 8192, 11008, 18944)] == [1, 576, 2048, 1280, 2048, 1376, 1184]
     assert block_size(2053) == 1  # a prime number
