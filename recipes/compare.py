@@ -50,7 +50,7 @@ METHODS = {
     "dense": (NO_TARGET, SparsityCallback),
     "gmp": ({"importance": "magnitude", "compensate": False}, GradualPruning),
     "gmp-adam": ({"importance": "adam", "compensate": False}, GradualPruning),
-    "gmp-adam-compensate": ({"importance": "adam", "compensate": True}, GradualPruning),
+    "gmp-compensate": ({}, GradualPruning),  # as `lp`, but cut
     "gmp-adam-distill": ({"importance": "adam", "compensate": False}, GradualPruning),
     "lp-plain": ({"importance": "magnitude", "trim": False, "compensate": False}, SparsityCallback),
     "lp-trim": ({"importance": "magnitude", "trim": True, "compensate": False}, SparsityCallback),

@@ -57,8 +57,8 @@ def test_what_starts_at_zero_is_refused_by_name_and_left_out_of_all_linear():
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.down_proj\.weight: all zero.*exclude_modules"):
         select_parameters(model, ["down_proj"])
     assert len(select_parameters(model)) == 13
-    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], r=2))
-    with pytest.raises(ValueError, match=r"lora_B.*all zero"):
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    with pytest.raises(ValueError, match=r"lora_B.* and 1 more: all zero"):
         select_parameters(lora, r".*lora_B.*")
     with pytest.raises(ValueError, match="requires_grad"):
         select_parameters(lora)

@@ -160,15 +160,13 @@ class SparsityController:
 
     def _weigh(self, step: int) -> None:
         """Bring the importance up to date."""
-        weigh = None
+        state, together = self.optimizer.state, self.config.scope == "global" or bool(self._units)
         if self.config.importance == "adam":
             early = self.config.calibration_batches and step < MIN_IMPORTANCE_STEPS
             weigh = importance_from_calibration if early else importance_from_adam
+            weigh(list(self.params.values()), state, together)
         elif self.config.importance == "activation" and step == self.ramp.start:
-            weigh = importance_from_activations
-        if weigh is not None:
-            together = self.config.scope == "global" or bool(self._units)
-            weigh(list(self.params.values()), self._dims, self.optimizer.state, together)
+            importance_from_activations(self._dims, state, together)
 
     def _plan(self, step: int, following: int, summed_lr: list[float]) -> None:
         sparsity, p = self.ramp.sparsity(following), norm(self.config, self.ramp.progress(step))

@@ -8,7 +8,7 @@ from torch import Tensor
 from .sharding import placed_like, whole
 
 
-def importance_from_adam(params: list[Tensor], dims: dict[Tensor, int], state: dict, together: bool) -> None:
+def importance_from_adam(params: list[Tensor], state: dict, together: bool) -> None:
     """Factor AdamW's second moment, the expected squared gradient, into rows and columns.
 
     ``h = sqrt(row mean * column mean) / mean`` estimates the root of the second moment from far fewer numbers than it
@@ -17,7 +17,6 @@ def importance_from_adam(params: list[Tensor], dims: dict[Tensor, int], state: d
 
     Args:
         params (`list[torch.Tensor]`): The selected weights.
-        dims (`dict[torch.Tensor, int]`): The dimension of the input features of each; not used here.
         state (`dict`): The optimizer's.
         together (`bool`): Whether the weights of different tensors are compared, or only those within each.
     """
@@ -29,16 +28,22 @@ def importance_from_adam(params: list[Tensor], dims: dict[Tensor, int], state: d
     write_factors(means, state, together)
 
 
-def importance_from_calibration(params: list[Tensor], dims: dict[Tensor, int], state: dict, together: bool) -> None:
+def importance_from_calibration(params: list[Tensor], state: dict, together: bool) -> None:
     """The same from the squared gradients of [`calibrate`], before AdamW's second moment says much."""
     means = {param: (state[param]["lp_row_sq"], state[param]["lp_col_sq"]) for param in params}
     write_factors(means, state, together)
 
 
-def importance_from_activations(params: list[Tensor], dims: dict[Tensor, int], state: dict, together: bool) -> None:
-    """``h`` is the root mean square of a weight's input feature, as in Wanda (arXiv 2306.11695)."""
+def importance_from_activations(dims: dict[Tensor, int], state: dict, together: bool) -> None:
+    """``h`` is the root mean square of a weight's input feature, as in Wanda (arXiv 2306.11695).
+
+    Args:
+        dims (`dict[torch.Tensor, int]`): The selected weights, and the dimension of the input features of each.
+        state (`dict`): The optimizer's.
+        together (`bool`): Whether the weights of different tensors are compared, or only those within each.
+    """
     means = {}
-    for param in params:
+    for param in dims:
         if "lp_feature_sq" in state[param]:
             square = state[param].pop("lp_feature_sq") / state[param].pop("lp_feature_count")
             # Every output feature has the same share.

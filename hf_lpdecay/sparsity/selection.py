@@ -109,13 +109,14 @@ def select_parameters(
         )
     zero = [name for name, param in trained.items() if not param.detach().any()]
     named = not (isinstance(target_modules, str) and target_modules.lower() == "all-linear")
+    few = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
     if zero and (named or len(zero) == len(trained)):
         raise ValueError(
-            f"{', '.join(zero)}: all zero, and under the p-norm decay zero stays zero, so this would never learn."
+            f"{few}: all zero, and under the p-norm decay zero stays zero, so this would never learn."
             " Initialise it differently or leave it out with exclude_modules."
         )
     if zero:
-        logger.warning_once(f"All zero, and therefore left out of the p-norm decay: {', '.join(zero)}.")
+        logger.warning_once(f"All zero, and therefore left out of the p-norm decay: {few}.")
     return {name: param for name, param in trained.items() if name not in zero}
 
 
