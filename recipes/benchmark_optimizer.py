@@ -94,7 +94,7 @@ class Planner:
         self.controller = SparsityController(config, matrices, self.optimizer, self.ramp)
 
     def step(self) -> None:
-        self.controller.after_step(self.ramp.start, lambda steps: [1.0])
+        self.controller.after_step(self.ramp.start, lambda first, last: [[1.0] * (last - first)])
 
 
 def rivals(params: list[Tensor]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from hf_lpdecay.sparsity.report import write_text
 class HardCutController(SparsityController):
     """Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878): cuts what is due at once instead of decaying it."""
 
-    def _plan(self, step: int, following: int, summed_lr: list[float]) -> None:
+    def _plan(self, step: int, following: int, learning_rates: list[list[float]]) -> None:
         self.cut(self.ramp.sparsity(step))
 
 

@@ -102,6 +102,11 @@ def controlled(target=0.5, scope="layer", importance="adam", model=None, **optio
     return params, optimizer, SparsityController(config, params, optimizer, ramp, input_dims(model), units)
 
 
+def constant(lr):
+    """One group's learning rates, as a controller asks for them."""
+    return lambda first, last: [[lr] * (last - first)]
+
+
 def drive(params, optimizer, controller, steps, lr=1e-3):
     generator = torch.Generator().manual_seed(0)
     for step in range(1, steps + 1):
@@ -109,7 +114,7 @@ def drive(params, optimizer, controller, steps, lr=1e-3):
             param.grad = torch.randn(param.shape, generator=generator) * 1e-3
         controller.before_step()
         optimizer.step()
-        controller.after_step(step, lambda steps: [lr * steps])
+        controller.after_step(step, constant(lr))
 
 
 def arguments(folder, cls=TrainingArguments, **overrides):

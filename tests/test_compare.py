@@ -5,7 +5,7 @@ import json
 import compare
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import constant, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from hf_lpdecay import LpAdamW, LpDecayConfig
@@ -59,7 +59,7 @@ def test_gradual_pruning_follows_the_cubic_schedule_exactly():
         for param in params.values():
             param.grad = torch.randn_like(param)
         optimizer.step()
-        controller.after_step(step, lambda steps: [1e-3 * steps])
+        controller.after_step(step, constant(1e-3))
         due = controller.ramp.sparsity(step)
         if step == controller.ramp.end or controller.ramp.next_plan(step) is not None:
             for param in params.values():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import VOCAB, tiny_bert, tiny_gpt2, tiny_llama, trainer_for
+from conftest import VOCAB, controlled, tiny_bert, tiny_gpt2, tiny_llama, trainer_for
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerCallback
@@ -162,23 +162,56 @@ def test_a_move_is_spread_over_the_steps_in_which_the_others_decay(dtype):
     optimizer = torch.optim.SGD(layer.parameters())
     heard = Compensation(layer, {layer.weight: 1}, optimizer)
     optimizer.state[layer.weight]["lp_gram"] = gram
-    heard.apply(layer.weight, gone, torch.zeros_like(gone), steps=5)
+    heard.apply(layer.weight, gone, torch.zeros_like(gone), gradually=True)
     end = torch.where(gone, start.float(), compensated(start, gone, gram))
-    for step in range(1, 6):
-        heard.advance()
+    made = 0.0
+    for share in (0.0, 0.5, 0.3, 0.2):
+        heard.advance(layer.weight, share)
         # What is less than float32 cannot be moved by so little: it moves at once.
-        share = step / 5 if dtype == torch.float32 else 1.0
-        expected = start.float().lerp(end, share)
+        made = made + share if dtype == torch.float32 else 1.0
+        expected = start.float().lerp(end, made)
         torch.testing.assert_close(layer.weight.detach().float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-    heard.apply(layer.weight, gone, torch.zeros_like(gone), steps=5)
+    heard.apply(layer.weight, gone, torch.zeros_like(gone), gradually=True)
     with torch.no_grad():
         layer.weight[0] = 0.0
-    heard.advance()
+    heard.advance(layer.weight, 1.0)
     assert not layer.weight[0].any()  # zero stays zero
     heard.apply(layer.weight, gone, gone)  # nothing is left of the last plan
     moved = layer.weight.detach().clone()
-    heard.advance()
+    heard.advance(layer.weight, 1.0)
     assert torch.equal(layer.weight, moved)
+
+
+class Shares(Compensation):
+    """Writes down how far it moves."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.of = {}
+
+    def advance(self, param, share):
+        self.of.setdefault(param, []).append(share)
+        super().advance(param, share)
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_survivors_move_as_far_as_the_others_have_decayed(trim):
+    """With a learning rate that warms up within a plan, in whose first step nothing decays."""
+    model = tiny_llama()
+    params, optimizer, controller = controlled(0.5, model=model, trim=trim, num_plans=2, ramp_end=0.5)
+    heard = controller._compensation = Shares(model, dict.fromkeys(params.values(), 1), optimizer)
+    rates = [0.0] * controller.ramp.start + [1e-3 * share for share in (0.0, 0.2, 0.4, 0.6, 0.8)] + [1e-3] * 30
+    for step in range(1, controller.ramp.end + 1):
+        optimizer.param_groups[0]["lr"] = rates[step - 1]
+        for param in params.values():
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+        controller.after_step(step, lambda first, last, step=step: [rates[step + first : step + last]])
+    plan = controller.ramp.interval
+    for shares in heard.of.values():
+        assert len(shares) == 2 * plan and min(shares) >= 0 and shares[0] == 0
+        assert [sum(shares[:plan]), sum(shares[plan:])] == pytest.approx([1, 1])
+        assert shares[1] < shares[2] < shares[3]
 
 
 def test_an_overflow_is_not_heard():

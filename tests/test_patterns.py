@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import controlled, drive, tiny_gpt2, tiny_llama
+from conftest import constant, controlled, drive, tiny_gpt2, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ def test_n_of_m_consecutive_inputs_survive(pattern, group, dead, scope, make):
         for param in params.values():
             param.grad = torch.randn(param.shape, generator=generator) * 1e-3
         optimizer.step()
-        controller.after_step(step, lambda steps: [1e-3 * steps])
+        controller.after_step(step, constant(1e-3))
         for name, param in params.items():
             by_output = param if dims[name] == 1 else param.t()
             zeros = (by_output.unflatten(1, (-1, group)) == 0).sum(-1)
@@ -45,7 +45,7 @@ def test_tiles_become_zero_as_one(make):
 
     before_cut = torch.cat([tile.flatten() for tile in live_per_tile()])
     assert ((before_cut == 0) | (before_cut == 32)).float().mean() > 0.9 and (before_cut == 0).float().mean() > 0.4
-    controller.after_step(controller.ramp.end, lambda steps: [0.0])
+    controller.after_step(controller.ramp.end, constant(0.0))
     for live in live_per_tile():
         assert set(live.flatten().tolist()) == {0, 32} and (live == 0).sum() == live.numel() / 2
 

@@ -3,24 +3,30 @@
 import pytest
 import torch
 from conftest import controlled, tiny_llama, token_rows, trainer_for, weights
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from hf_lpdecay import LpAdamW, LpDecayConfig, measure_sparsity
 from hf_lpdecay.sparsity import Ramp, calibrate
 from hf_lpdecay.sparsity import controller as controller_module
-from hf_lpdecay.sparsity.schedule import shrunk, strength
+from hf_lpdecay.sparsity.schedule import between, decayed, strength
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 150])
+EQUAL = [(1e-3,) * steps for steps in (1, 2, 3, 10, 150)]
+UNEVEN = [(0.0, 2e-4, 4e-4, 6e-4, 8e-4), (1e-3, 1e-4, 1e-5, 0.0), (1e-3,) * 100 + (5e-4,) * 100]
+
+
+@pytest.mark.parametrize("rates", EQUAL + UNEVEN, ids=str)
 @pytest.mark.parametrize("p", [-2.0, 0.0, 0.5, 0.8, 1.5])
-def test_the_strength_takes_a_weight_of_the_size_to_zero_in_time_and_no_sooner(p, steps):
-    size, lr = 0.05, 1e-3
+def test_the_strength_takes_a_weight_of_the_size_to_zero_in_time_and_no_sooner(p, rates):
+    size = 0.05
     reached = []
     for slack in (1.0, 0.9):
         param = torch.nn.Parameter(torch.tensor([size, -size], dtype=torch.float64))
-        lp_lambda = slack * strength(p, steps) * size ** (2 - p) / lr
-        optimizer = LpAdamW([param], lr=lr, p=p, lp_lambda=lp_lambda)
-        for _ in range(steps):
+        optimizer = LpAdamW([param], p=p, lp_lambda=slack * strength(p, rates) * size ** (2 - p))
+        for rate in rates:
+            optimizer.param_groups[0]["lr"] = rate
             param.grad = torch.zeros_like(param)
             optimizer.step()
         reached.append(param.abs().max().item())
@@ -29,37 +35,40 @@ def test_the_strength_takes_a_weight_of_the_size_to_zero_in_time_and_no_sooner(p
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 0.8])
 def test_in_many_steps_the_strength_is_that_of_a_flow(p):
-    few, many, more = (strength(p, steps) * (2 - p) * steps for steps in (10, 1000, 100_000))
+    few, many, more = (strength(p, (1e-3,) * steps) * (2 - p) * steps * 1e-3 for steps in (10, 1000, 100_000))
     assert few > 1.5 and many == pytest.approx(1.0, abs=0.05) and more == pytest.approx(many)
+    assert strength(p, (0.0, 0.0)) == 0
 
 
-@pytest.mark.parametrize("p, steps", [(-1.0, 4), (0.0, 12), (0.5, 1), (0.5, 7), (0.8, 40), (1.5, 10), (0.5, 1000)])
-def test_the_threshold_sinks_between_what_is_due_and_what_is_not(p, steps):
-    size, lr = 0.05, 1e-3
-    lp_lambda = strength(p, steps) * size ** (2 - p) / lr
-    param = torch.nn.Parameter(torch.tensor([size * (1 - 1e-9), -size / 2, size], dtype=torch.float64))
-    optimizer = LpAdamW([param], lr=lr, p=p, lp_lambda=lp_lambda)
-    factors = [shrunk(p, steps, step) for step in range(steps)]
-    for step, factor in enumerate(factors):
-        optimizer.state[param]["lp_threshold"] = size * factor
-        assert param[0] < size * factor
-        if 0 < step and steps < 200:  # as far from the one as from the other
-            assert param[0].item() == pytest.approx(size * factor**2, rel=0.01)
-        param.grad = torch.zeros_like(param)
-        optimizer.step()
-    assert factors[0] == 1.0 and factors == sorted(factors, reverse=True)
-    # Of more steps than 200 the last are looked at as one.
-    assert param[:2].abs().max() < size / (1024 if steps < 200 else 20) and param[2] == size
+@given(
+    size=st.floats(1e-30, 1e3), p=st.floats(-20, 1.99), lr=st.floats(0, 1), lp_lambda=st.floats(0, 1e6)
+)  # fmt: skip
+def test_a_size_decays_as_the_optimizer_says(size, p, lr, lp_lambda):
+    param = torch.nn.Parameter(torch.tensor([size], dtype=torch.float64))
+    param.grad = torch.zeros_like(param)
+    LpAdamW([param], lr=lr, p=p, lp_lambda=lp_lambda, weight_decay=0.0).step()
+    assert decayed(size, p, lr * lp_lambda) == pytest.approx(param.item(), rel=1e-9, abs=1e-200)
 
 
+def test_the_threshold_sinks_between_what_is_due_and_what_is_not():
+    assert between(0.05, 0.05) == 0.05 and between(0.0, 0.0) == 0.0
+    assert between(0.04, 0.01) == pytest.approx(0.02)  # as far from the one as from the other
+    assert between(0.04, 0.0) == between(0.04, 1e-9) == 0.04 / 32
+
+
+RATES = {"constant": lambda step: 1e-3, "warm-up": lambda step: 2e-3 * min(1.0, step / 30)}
+
+
+@pytest.mark.parametrize("rate", RATES.values(), ids=RATES)
 @pytest.mark.parametrize("sinks", [True, False])
-def test_no_more_goes_than_is_due_although_the_weights_move(sinks, monkeypatch):
+def test_what_is_due_goes_and_no_more_although_the_weights_move(sinks, rate, monkeypatch):
     if not sinks:
-        monkeypatch.setattr(controller_module, "shrunk", lambda *args: 1.0)
+        monkeypatch.setattr(controller_module, "between", lambda planned, edge: planned)
     params, optimizer, controller = controlled(0.7, num_plans=4, ramp_end=0.9)
     ahead = []
     generator = torch.Generator().manual_seed(0)
     for step in range(1, controller.ramp.end):
+        optimizer.param_groups[0]["lr"] = rate(step - 1)
         for param in params.values():
             param.grad = torch.randn(param.shape, generator=generator) * 1e-3
         optimizer.step()
@@ -67,8 +76,8 @@ def test_no_more_goes_than_is_due_although_the_weights_move(sinks, monkeypatch):
             states = [(param, optimizer.state[param]["lp_threshold"]) for param in params.values()]
             gone = [((param == 0) | (controller._size(param) < due)).sum().item() for param, due in states]
             ahead.append(sum(gone) / sum(param.numel() for param in params.values()) - controller.ramp.sparsity(step))
-        controller.after_step(step, lambda steps: [1e-3 * steps])
-    assert len(ahead) == 3 and (max(ahead) < 0.002) == sinks
+        controller.after_step(step, lambda first, last, now=step: [[rate(now + i) for i in range(first, last)]])
+    assert len(ahead) == 3 and min(ahead) > -0.01 and (max(ahead) < 0.002) == sinks
 
 
 class Groups(TrainerCallback):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import controlled, drive, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from conftest import constant, controlled, drive, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -141,7 +141,7 @@ def test_trimmed_decay_leaves_the_survivors_alone():
             for param in params.values():
                 param.grad = torch.zeros_like(param)
             optimizer.step()
-            controller.after_step(step, lambda steps: [1e-3 * steps])
+            controller.after_step(step, constant(1e-3))
         return params, before
 
     params, before = after(trim=True)
@@ -157,7 +157,7 @@ def test_equal_weights_are_cut_to_the_exact_count():
     for param in select_parameters(model).values():
         param.data.fill_(0.25)
     params, _optimizer, controller = controlled(0.37, importance="magnitude", model=model)
-    controller.after_step(controller.ramp.end, lambda steps: [0.0])
+    controller.after_step(controller.ramp.end, constant(0.0))
     assert zeros(params) == {name: round(0.37 * param.numel()) for name, param in params.items()}
 
 
@@ -166,7 +166,7 @@ def test_what_is_zero_when_the_ramp_begins_stays_zero():
     drive(params, optimizer, controller, controller.ramp.start - 1)
     for param in params.values():
         param.data[:, ::2] = 0.0
-    controller.after_step(controller.ramp.start, lambda steps: [1e-3 * steps])
+    controller.after_step(controller.ramp.start, constant(1e-3))
     drive(params, optimizer, controller, 50)
     assert all((param[:, ::2] == 0).all() and (param[:, 1::2] != 0).all() for param in params.values())
 
@@ -176,7 +176,7 @@ def test_importance_is_the_factored_second_moment():
     for param in params.values():
         param.grad = torch.randn_like(param) * torch.linspace(0.1, 1, param.shape[0])[:, None]
     optimizer.step()
-    controller.after_step(controller.ramp.start, lambda steps: [1e-3])
+    controller.after_step(controller.ramp.start, constant(1e-3))
     for param in params.values():
         state, moment = optimizer.state[param], optimizer.state[param]["exp_avg_sq"].double()
         expected = moment.mean(1, keepdim=True) * moment.mean(0, keepdim=True) / moment.mean() ** 2
@@ -190,9 +190,9 @@ def test_a_tensor_without_gradient_is_ranked_by_magnitude():
         for name, param in params.items():
             param.grad = torch.zeros_like(param) if name == first else torch.randn_like(param)
         optimizer.step()
-        controller.after_step(controller.ramp.start, lambda steps: [1e-3])
+        controller.after_step(controller.ramp.start, constant(1e-3))
         assert "lp_row" not in optimizer.state[params[first]]
-        controller.after_step(controller.ramp.end, lambda steps: [1e-3])
+        controller.after_step(controller.ramp.end, constant(1e-3))
         assert all(param.isfinite().all() for param in params.values())
 
 

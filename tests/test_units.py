@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import VOCAB, controlled, drive, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from conftest import VOCAB, constant, controlled, drive, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -106,7 +106,7 @@ def test_units_die_as_one_and_equally_many_per_layer(make, pattern, target, impo
         # The decay has done nearly all of it before the cut, and nothing to the others.
         assert dead - 1 - dead // 8 <= int((live(units) < whole / 2).sum()) <= dead
         assert int((live(units) == whole).sum()) >= units.count - dead
-    controller.after_step(controller.ramp.end, lambda steps: [0.0])
+    controller.after_step(controller.ramp.end, constant(0.0))
     for units in found:
         assert sorted(set(live(units).tolist())) == [0, whole] and int((live(units) == 0).sum()) == dead
     assert all(set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"} for p in params.values())

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from conftest import controlled, tiny_llama
+from conftest import constant, controlled, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ReferenceLpAdamW
@@ -171,7 +171,7 @@ def test_the_controller_drives_it_to_the_target():
         if step == controller.ramp.end:
             decayed = sum((p == 0).sum().item() for p in params.values()) / sum(p.numel() for p in params.values())
         optimizer.step()
-        controller.after_step(step, lambda steps: [1e-3 * steps])
+        controller.after_step(step, constant(1e-3))
     for param in params.values():
         assert (param == 0).sum() == round(0.5 * param.numel())
         assert set(optimizer.state[param]) == {"step", "exp_avg", "exp_avg_sq"}

@@ -98,32 +98,31 @@ class Compensation:
             gram.div_(torch.distributed.get_world_size())
 
     @torch.no_grad()
-    def advance(self) -> None:
-        """Move every weight by its share of a step; zero stays zero."""
-        for param in self._dims:
-            if "lp_move" in self._state[param]:
-                weight, move = local(param), local(self._state[param]["lp_move"])
-                weight.add_(move.masked_fill_(weight == 0, 0.0))
+    def advance(self, param: Tensor, share: float) -> None:
+        """Move a weight by a share of what it is to move by; zero stays zero."""
+        if "lp_move" in self._state.get(param, ()):
+            weight, move = local(param), local(self._state[param]["lp_move"])
+            weight.add_(move.masked_fill_(weight == 0, 0.0), alpha=share)
 
     @torch.no_grad()
-    def apply(self, param: Tensor, gone: Tensor, before: Tensor, steps: int = 0) -> None:
+    def apply(self, param: Tensor, gone: Tensor, before: Tensor, gradually: bool = False) -> None:
         """Move what survives in a weight. What does not is left as it is.
 
         Args:
             param (`torch.Tensor`): The weight. Overwritten.
             gone (`torch.Tensor`): Which weights are due to become zero, bool; broadcasts over the part that is here.
             before (`torch.Tensor`): Which of them have been made up for already, likewise.
-            steps (`int`, *optional*, defaults to 0): Over how many steps to spread it; 0 for at once. Of less than
-                float32, in which a share of a step would be lost, a weight moves at once as well.
+            gradually (`bool`, *optional*, defaults to `False`): Only write down the move, for [`advance`] to make. Of
+                less than float32, in which a share of it would be lost, a weight moves at once all the same.
         """
         state = self._state[param]
         state.pop("lp_move", None)
         if "lp_gram" not in state:  # nothing was heard yet, as in a ramp that begins with the training
             return
-        weight, move, share = local(param), local(param), 1.0
-        if steps and param.dtype == torch.float32:
+        weight, move = local(param), local(param)
+        if gradually and param.dtype == torch.float32:
             state["lp_move"] = torch.zeros_like(param)
-            move, share = local(state["lp_move"]), 1.0 / steps
+            move = local(state["lp_move"])
         gone, before = gone.expand(weight.shape) | (weight == 0), before.expand(weight.shape)
         if self._dims[param] == 0:
             weight, move, gone, before = weight.t(), move.t(), gone.t(), before.t()
@@ -131,7 +130,7 @@ class Compensation:
         for piece, moved, mask, done in zip(*(x.split(rows) for x in (weight, move, gone, before))):
             reference = piece.masked_fill(done & mask, 0.0)
             change = compensated(reference, mask, state["lp_gram"]) - reference.float()
-            moved.add_(change.masked_fill_(mask, 0.0), alpha=share)
+            moved.add_(change.masked_fill_(mask, 0.0))
 
 
 def block_size(features: int) -> int:

@@ -12,7 +12,7 @@ from .compensation import Compensation
 from .importance import importance_from_activations, importance_from_adam, importance_from_calibration
 from .patterns import parse_pattern
 from .quantiles import histogram, kth_smallest, lower_edges
-from .schedule import MIN_IMPORTANCE_STEPS, Ramp, norm, shrunk, strength
+from .schedule import MIN_IMPORTANCE_STEPS, Ramp, between, decayed, norm, strength
 from .sharding import before_mine, groups_of, is_sharded, placed_like, summed, summed_rows
 from .units import Units
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # it checks its pattern with this room
 
 
 _PLAN = (
-    *("lp_lambda", "lp_threshold", "lp_planned", "lp_steps"),
+    *("lp_lambda", "lp_threshold", "lp_planned", "lp_edge"),
     *("lp_row", "lp_col", "lp_size", "lp_dim", "lp_rows", "lp_row_sq", "lp_col_sq"),
 )
 
@@ -94,37 +94,36 @@ class SparsityController:
                     self.optimizer.state[param]["lp_size"] = placed_like(size, param)
 
     @torch.no_grad()
-    def after_step(self, step: int, summed_lr: Callable[[int], list[float]]) -> None:
+    def after_step(self, step: int, learning_rates: Callable[[int, int], list[list[float]]]) -> None:
         """Plan or cut, if it is time.
 
         Args:
             step (`int`): Optimizer steps taken so far.
-            summed_lr (`Callable[[int], list[float]]`): Sum of the learning rate over the next so many steps, for
-                each of the optimizer's groups.
+            learning_rates (`Callable[[int, int], list[list[float]]]`): For each of the optimizer's groups the learning
+                rates from one step to another, which is not included, where 0 is the next step.
         """
         following = self.ramp.next_plan(step)
-        if self._compensation is not None:
-            self._compensation.advance()
-            if following is not None or step == self.ramp.end:
-                self._compensation.gather()
+        due = following is not None or step == self.ramp.end
+        if self.ramp.start < step <= self.ramp.end:
+            self._follow(learning_rates(-1, 0), due)
+        if self._compensation is not None and due:
+            self._compensation.gather()
         if step == self.ramp.end:
             self._finish()
         elif following is not None:
             self._weigh(step)
-            self._plan(step, following, summed_lr(following - step))
-        elif self.ramp.start < step < self.ramp.end:
-            self._let_go(self.ramp.following(step) - step)
+            self._plan(step, following, learning_rates(0, following - step))
         self._listen(step)
 
     @torch.no_grad()
-    def resume(self, step: int, summed_lr: Callable[[int], list[float]]) -> None:
+    def resume(self, step: int, learning_rates: Callable[[int, int], list[list[float]]]) -> None:
         """Plan anew where a checkpoint does not hold the plan: that of sharded parameters.
 
         Nor does it hold what compensation has heard: it moves nothing again now, and starts to listen anew.
 
         Args:
             step (`int`): Optimizer steps taken before.
-            summed_lr (`Callable[[int], list[float]]`): See [`after_step`].
+            learning_rates (`Callable[[int, int], list[list[float]]]`): See [`after_step`].
 
         Raises:
             ValueError: If the importance was gathered in a part of the run that lies behind.
@@ -144,7 +143,7 @@ class SparsityController:
         following = self.ramp.following(step)
         if following is not None:
             self._weigh(step)
-            self._plan(step, following, summed_lr(following - step))
+            self._plan(step, following, learning_rates(0, following - step))
 
     def _listen(self, step: int) -> None:
         """Look at the features in the last steps before each plan, no longer."""
@@ -168,11 +167,8 @@ class SparsityController:
         elif self.config.importance == "activation" and step == self.ramp.start:
             importance_from_activations(self._dims, state, together)
 
-    def _plan(self, step: int, following: int, summed_lr: list[float]) -> None:
+    def _plan(self, step: int, following: int, learning_rates: list[list[float]]) -> None:
         sparsity, p = self.ramp.sparsity(following), norm(self.config, self.ramp.progress(step))
-        steps = following - step
-        # Without trimming the survivors shrink as well: there the strength stays that of many small steps.
-        share = strength(p, steps) if self.config.trim else 1.0 / ((2 - p) * steps)
         counts = torch.stack([sum(histogram(size) for size in self._sizes(pool)) for pool in self._pools])
         counts = summed_rows(counts, [self._groups(pool) for pool in self._pools])
         edges = lower_edges(counts, [max(1, self._count(pool, sparsity)) for pool in self._pools])
@@ -181,8 +177,12 @@ class SparsityController:
         if self._compensation is not None:
             for pool, edge in zip(self._pools, edges):
                 for param, gone, before in self._going(pool, (size < edge for size in self._sizes(pool))):
-                    self._compensation.apply(param, gone, before, steps)
-        for group, lr in zip(self.optimizer.param_groups, summed_lr):
+                    self._compensation.apply(param, gone, before, gradually=True)
+        for group, rates in zip(self.optimizer.param_groups, learning_rates):
+            if self.config.trim:
+                lp_lambda = strength(p, tuple(rates))
+            else:  # the survivors shrink as well: there the strength stays that of many small steps
+                lp_lambda = 1.0 / ((2 - p) * sum(rates)) if sum(rates) > 0 else 0.0
             for param in self._selected(group):
                 group["p"] = p
                 state, threshold = self.optimizer.state[param], thresholds[param]
@@ -190,22 +190,28 @@ class SparsityController:
                     group["pattern"] = self.pattern.spec
                     state["lp_dim"] = self._dims[param]
                     state["lp_rows"] = self.pattern.rows(self._dims[param])
-                state["lp_lambda"] = threshold ** (2 - p) * share * steps / lr if lr > 0 else 0.0
+                state["lp_lambda"] = threshold ** (2 - p) * lp_lambda
+                state["lp_planned"] = state["lp_edge"] = threshold
                 if self.config.trim:
-                    state["lp_threshold"] = state["lp_planned"] = threshold
-                    state["lp_steps"] = steps
+                    state["lp_threshold"] = threshold
 
-    def _let_go(self, left: int) -> None:
-        """Lower the thresholds, so `left` steps before the next plan, to where only that which was due at the last one
-        is below them. What else comes near, by learning or by compensation, stays."""
-        if self.config.s_rate < 1:  # which lags behind
-            return
-        for group in self.optimizer.param_groups:
+    def _follow(self, learning_rates: list[list[float]], due: bool) -> None:
+        """Follow what is due to where the last step took it: compensation moves as far as it has decayed, and the
+        threshold sinks to where nothing but it is below. What else comes near, by learning or by compensation, stays.
+        """
+        for group, (rate,) in zip(self.optimizer.param_groups, learning_rates):
             for param in self._selected(group):
                 state = self.optimizer.state[param]
-                if "lp_planned" in state:
-                    factor = shrunk(group["p"], state["lp_steps"], state["lp_steps"] - left)
-                    state["lp_threshold"] = state["lp_planned"] * factor
+                if "lp_planned" not in state:
+                    continue
+                planned, before, p = state["lp_planned"], state["lp_edge"], group["p"]
+                state["lp_edge"] = edge = decayed(before, p, rate * state["lp_lambda"])
+                if self._compensation is not None and planned > 0:
+                    # As r ** (2 - p) does; the rest now, if the next plan is.
+                    left = (before / planned) ** (2 - p)
+                    self._compensation.advance(param, left if due else left - (edge / planned) ** (2 - p))
+                if self.config.trim and self.config.s_rate == 1:  # otherwise it lags behind
+                    state["lp_threshold"] = between(planned, edge)
 
     def cut(self, sparsity: float) -> None:
         """Set exactly the smallest weights to zero, as many as `sparsity` says, and freeze all zeros.

@@ -1,6 +1,7 @@
 """When the decay acts, and how it changes in the course of a run."""
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ MIN_RAMP_STEPS = 10
 MIN_IMPORTANCE_STEPS = 5
 # From here on the steps are small enough to be taken for a flow.
 _FEW_STEPS = 200
+# Halvings after which a weight counts as gone.
+_COLLAPSE = 10
 
 
 @dataclass(frozen=True)
@@ -101,60 +104,64 @@ def norm(config: "LpDecayConfig", progress: float) -> float:
     return config.p_start + progress * (config.p - config.p_start)
 
 
-@functools.cache
-def strength(p: float, steps: int) -> float:
+@functools.lru_cache(maxsize=16)  # every tensor of a group asks for the same one
+def strength(p: float, rates: tuple[float, ...]) -> float:
     """How strong the decay must be to take weights to zero in time.
 
-    Under decay alone ``x ** (2 - p)`` falls by ``(2 - p) * s`` in a step, which makes ``s = 1 / ((2 - p) * steps)``:
-    so it is for many small steps. A few large ones lag behind, as the rule divides by what the size was before.
+    Under decay alone ``x ** (2 - p)`` falls by ``(2 - p) * lr * lambda`` in a step, which makes
+    ``lambda = q ** (2 - p) / ((2 - p) * A)`` with ``A`` the summed learning rate: so it is for many small steps. A few
+    large ones lag behind, as the rule divides by what the size was before.
 
     Args:
         p (`float`): The norm, below 2.
-        steps (`int`): Optimizer steps, ``>= 1``.
+        rates (`tuple[float, ...]`): The learning rate of each optimizer step.
 
     Returns:
-        `float`: The smallest ``s = lr * lambda * q ** (p - 2)`` with which a weight of size ``q`` is less than
-            ``q / 1024`` afterwards; from there it collapses.
+        `float`: The smallest ``lambda`` with which a weight of size 1 is less than 1 / 1024 afterwards; from there it
+            collapses. For a weight of size ``q`` it is ``q ** (2 - p)`` times as much. 0 if all rates are.
     """
-    few = min(steps, _FEW_STEPS)
-    low, high = -40.0, 10.0  # log2 of s
+    total, few = sum(rates), min(len(rates), _FEW_STEPS)
+    if total <= 0:
+        return 0.0
+    edges = [i * len(rates) // few for i in range(few + 1)]
+    shares = [sum(rates[first:last]) / total for first, last in itertools.pairwise(edges)]
+    low, high = -40.0, 12.0  # log2 of the strength, if the rates add up to 1
     for _ in range(40):
         middle = (low + high) / 2
-        if _log2_size(middle, p, few) > -10:
+        size = 1.0
+        for share in shares:
+            size = decayed(size, p, 2.0**middle * share)
+        if size > 2.0**-_COLLAPSE:
             low = middle
         else:
             high = middle
-    return 2.0**high * few / steps
+    return 2.0**high / total
 
 
-@functools.lru_cache(maxsize=16)  # every tensor asks for the same one in a step
-def shrunk(p: float, steps: int, taken: int) -> float:
-    """How far down what is trimmed reaches in the course of a plan, so that what is not due stays out of its reach.
+def decayed(size: float, p: float, strength: float) -> float:
+    """A size after one step of nothing but decay, with `strength` the learning rate times lambda."""
+    if size <= 0 or strength <= 0:
+        return size
+    log2_size = math.log2(size)
+    exponent = math.log2(strength) + (p - 2) * log2_size
+    log2_size -= math.log2(1.0 + 2.0**exponent) if exponent < 60 else exponent
+    return 2.0**log2_size if log2_size > -1000 else 0.0
+
+
+def between(planned: float, edge: float) -> float:
+    """How far up what is trimmed reaches in the course of a plan, so that what is not due stays out of its reach.
 
     At first the decay takes all weights below a size. What was due is soon much smaller, and a weight that comes down
     to that size later is another one. Half of what is between the two (on a logarithmic scale) is out of reach.
 
     Args:
-        p, steps: See [`strength`].
-        taken (`int`): Steps since the plan, from 0 to `steps`.
+        planned (`float`): The size below which all weights were due when the plan was made.
+        edge (`float`): What a weight of that size has come to by now, under decay alone.
 
     Returns:
-        `float`: What the size is multiplied by, from 1 down to about 1 / 32.
+        `float`: The threshold in force: from `planned` down to a 32nd of it.
     """
-    few = min(steps, _FEW_STEPS)
-    log2_s = math.log2(strength(p, steps) * steps / few)
-    return 2.0 ** (max(_log2_size(log2_s, p, taken * few // steps), -10.0) / 2)
-
-
-def _log2_size(log2_s: float, p: float, steps: int) -> float:
-    """log2 of what a size of 1 is after so many steps of decay."""
-    size = 0.0
-    for _ in range(steps):
-        exponent = log2_s + (p - 2) * size
-        size -= math.log2(1.0 + 2.0**exponent) if exponent < 60 else exponent
-        if size < -100:
-            break
-    return size
+    return planned * max(edge / planned, 2.0**-_COLLAPSE) ** 0.5 if planned > 0 else planned
 
 
 class PlainSchedule:

@@ -129,7 +129,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if state.global_step == 0:
             self._advance(0, optimizer, kwargs["lr_scheduler"])
         elif self._controller is not None:
-            self._controller.resume(state.global_step, _summed_lr(optimizer, kwargs["lr_scheduler"]))
+            self._controller.resume(state.global_step, _learning_rates(optimizer, kwargs["lr_scheduler"]))
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if self._controller is not None:
@@ -245,7 +245,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if self._controller is not None:
             if step == self._ramp.start:
                 self._finish_gathering()
-            self._controller.after_step(step, _summed_lr(optimizer, scheduler))
+            self._controller.after_step(step, _learning_rates(optimizer, scheduler))
 
     def _finish_gathering(self) -> None:
         if self._activations is not None:
@@ -305,13 +305,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def _summed_lr(optimizer: torch.optim.Optimizer, scheduler: Any) -> Callable[[int], list[float]]:
-    """The learning rate summed over the next steps, per group: exact where the scheduler is a function of the step."""
+def _learning_rates(optimizer: torch.optim.Optimizer, scheduler: Any) -> Callable[[int, int], list[list[float]]]:
+    """The learning rates of the steps before and after now, per group: exact where the scheduler is a function of the
+    step."""
 
-    def summed(steps: int) -> list[float]:
+    def rates(first: int, last: int) -> list[list[float]]:
         if isinstance(scheduler, LambdaLR):
-            now = range(scheduler.last_epoch, scheduler.last_epoch + steps)
-            return [lr * sum(map(factor, now)) for lr, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
-        return [float(group["lr"]) * steps for group in optimizer.param_groups]
+            steps = range(scheduler.last_epoch + first, scheduler.last_epoch + last)
+            return [[lr * factor(i) for i in steps] for lr, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+        return [[float(group["lr"])] * (last - first) for group in optimizer.param_groups]
 
-    return summed
+    return rates
