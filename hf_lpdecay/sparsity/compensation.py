@@ -29,9 +29,9 @@ class Compensation:
 
     Of each layer the products of its input features are summed over a few batches by forward hooks, ``H = X^T X``
     (SparseGPT's Hessian, arXiv 2301.00774). While weights become zero, the others of the same row move to where the
-    layer's output on these batches changes least, step by step as those decay.
+    layer's output on these batches changes least, as far in each step as those have decayed.
 
-    ``H`` and what a weight moves by in a step are kept in the optimizer's state (`lp_gram` and `lp_move`), so that a
+    ``H`` and what a weight is to move by are kept in the optimizer's state (`lp_gram` and `lp_move`), so that a
     checkpoint holds them; layers that read the same features share ``H``.
 
     Args:
