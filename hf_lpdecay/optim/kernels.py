@@ -28,11 +28,8 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("one_pass.cpp")
 # Comparisons and square roots only become vector instructions without errno and traps. No -ffast-math: infinities and
-# NaN keep their meaning. Threaded jumps would give weights that are not due a path, and every weight a second division.
-_FLAGS = (
-    *("-std=c++11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fno-thread-jumps"),
-    *("-shared", "-fPIC"),
-)
+# NaN keep their meaning.
+_FLAGS = ("-std=c++11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 _TASK = struct.Struct("=6q2q2I11f4x")  # one_pass.cpp's Task
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 # Below this a thread costs more than it saves.

@@ -9,6 +9,11 @@
 // Exact to about float32, as long as no |weight * gradient| comes near 1e30.
 // No headers but the C library's, so that compiling takes a fraction of a second.
 
+#if defined(__GNUC__) && !defined(__clang__)
+// Threaded jumps would give weights that are not due a path of their own, and with it every weight a second division.
+#pragma GCC optimize("no-thread-jumps")
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
