@@ -114,8 +114,8 @@ def rivals(params: list[Tensor]) -> dict[str, Any]:
     for scope in ("layer", "global"):
         optimizers[f"a plan, scope={scope}"] = Planner(params, scope)
     for param in params:
-        moments = {"exp_avg": torch.randn_like(param) * 1e-3, "exp_avg_sq": torch.rand_like(param) * 1e-6}
-        moments = {name: moment * (param != 0) for name, moment in moments.items()}
+        kept = param.detach() != 0
+        moments = {"exp_avg": torch.randn_like(param) * 1e-3 * kept, "exp_avg_sq": torch.rand_like(param) * 1e-6 * kept}
         for optimizer in optimizers.values():
             step = torch.tensor(10.0, device=DEVICE if counts_on_device(optimizer) else "cpu")
             optimizer.state[param] = {"step": step, **moments}

@@ -56,6 +56,28 @@ def test_the_threshold_sinks_between_what_is_due_and_what_is_not():
     assert between(0.04, 0.0) == between(0.04, 1e-9) == 0.04 / 32
 
 
+@pytest.mark.parametrize("p", [-1.0, 0.0, 0.5, 1.5])
+@pytest.mark.parametrize("rates", [*EQUAL, *UNEVEN, (1e-3,) * 1000], ids=str)
+def test_what_is_due_stays_below_the_sinking_threshold_and_the_rest_above(p, rates):
+    size = 0.05
+    lp_lambda = strength(p, rates) * size ** (2 - p)
+    param = torch.nn.Parameter(torch.tensor([size * (1 - 1e-9), -size / 2, size], dtype=torch.float64))
+    optimizer = LpAdamW([param], p=p, lp_lambda=lp_lambda)
+    edge, thresholds = size, []
+    for rate in rates:
+        thresholds.append(between(size, edge))
+        optimizer.state[param]["lp_threshold"] = thresholds[-1]
+        assert param[0] < thresholds[-1]
+        optimizer.param_groups[0]["lr"] = rate
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        edge = decayed(edge, p, rate * lp_lambda)
+        assert param[0].item() == pytest.approx(edge, rel=1e-3, abs=size / 1e4)
+    assert thresholds[0] == size and thresholds == sorted(thresholds, reverse=True)
+    # Of more steps than 200 the strength is that of fewer and larger ones.
+    assert param[:2].abs().max() < size / (1000 if len(rates) <= 200 else 20) and param[2] == size
+
+
 RATES = {"constant": lambda step: 1e-3, "warm-up": lambda step: 2e-3 * min(1.0, step / 30)}
 
 

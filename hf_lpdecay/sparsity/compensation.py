@@ -12,7 +12,8 @@ from .sharding import has_whole_rows, several_processes
 
 # Input features that are compared with each other: more of them cost more than the weights that they belong to.
 MAX_BLOCK = 2048
-# Iterations of conjugate gradients. With the preconditioner three come within two per cent of the best that there is.
+# Iterations of conjugate gradients. With the preconditioner three come within two or three per cent of the best that
+# there is, in most layers.
 ITERATIONS = 3
 # Eigenvectors that the preconditioner knows, and how often they are sharpened.
 RANK, SUBSPACE_ITERATIONS = 16, 4

@@ -104,7 +104,7 @@ def norm(config: "LpDecayConfig", progress: float) -> float:
     return config.p_start + progress * (config.p - config.p_start)
 
 
-@functools.lru_cache(maxsize=16)  # every tensor of a group asks for the same one
+@functools.lru_cache(maxsize=16)  # groups mostly ask for the same one, and with ZeRO each weight has its own group
 def strength(p: float, rates: tuple[float, ...]) -> float:
     """How strong the decay must be to take weights to zero in time.
 
@@ -138,12 +138,12 @@ def strength(p: float, rates: tuple[float, ...]) -> float:
     return 2.0**high / total
 
 
-def decayed(size: float, p: float, strength: float) -> float:
-    """A size after one step of nothing but decay, with `strength` the learning rate times lambda."""
-    if size <= 0 or strength <= 0:
+def decayed(size: float, p: float, decay: float) -> float:
+    """A size after one step of nothing but decay, with `decay` the learning rate times lambda."""
+    if size <= 0 or decay <= 0:
         return size
     log2_size = math.log2(size)
-    exponent = math.log2(strength) + (p - 2) * log2_size
+    exponent = math.log2(decay) + (p - 2) * log2_size
     log2_size -= math.log2(1.0 + 2.0**exponent) if exponent < 60 else exponent
     return 2.0**log2_size if log2_size > -1000 else 0.0
 
