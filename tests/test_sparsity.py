@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -201,14 +202,21 @@ def test_ramp_waits_for_the_warm_up_and_needs_ten_steps():
     assert (Ramp.from_config(config, 100).start, Ramp.from_config(config, 100).end) == (10, 50)
     assert Ramp.from_config(config, 100, warmup_steps=30).start == 30
     ramp = Ramp.from_config(LpDecayConfig(target_sparsity=0.5, num_plans=7), 107)
-    plans, step = [], ramp.start
-    while step is not None and step < ramp.end:
-        plans.append(step)
-        step = ramp.next_plan(step)
-    assert step == ramp.end and len(plans) == 7
     assert [ramp.phase(s) for s in (0, ramp.start, ramp.end - 1, ramp.end)] == ["dense", "decay", "decay", "settle"]
     with pytest.raises(ValueError, match="would have 9 optimizer steps, from step 5 to 14 of 20, and needs 10"):
         Ramp.from_config(LpDecayConfig(target_sparsity=0.5), 20)
+
+
+@given(start=st.integers(0, 50), length=st.integers(1, 300), num_plans=st.integers(1, 40))
+def test_a_ramp_makes_as_many_plans_as_asked_for_at_equal_distances(start, length, num_plans):
+    ramp = Ramp(start, start + length, min(num_plans, length), 0.5)
+    plans = [step for step in range(ramp.end + 10) if ramp.next_plan(step) is not None]
+    assert len(plans) == ramp.plans and plans[0] == start
+    distances = [after - before for before, after in itertools.pairwise([*plans, ramp.end])]
+    assert max(distances) - min(distances) <= 1
+    for plan, after in itertools.pairwise([*plans, ramp.end]):
+        assert ramp.next_plan(plan) == after and {ramp.following(step) for step in range(plan, after)} == {after}
+    assert ramp.following(start - 1) is ramp.following(ramp.end) is None
 
 
 def test_report_counts_exact_zeros_in_scope_and_in_the_whole_model(tmp_path):

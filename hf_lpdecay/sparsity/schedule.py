@@ -30,13 +30,13 @@ class Ramp:
     Args:
         start (`int`): Steps taken before the first plan; the dense phase.
         end (`int`): Steps taken when the target is cut exactly; the settle phase follows.
-        interval (`int`): Steps from one plan to the next.
+        plans (`int`): How many plans are made on the way, at equal distances.
         target (`float`): Sparsity at the end.
     """
 
     start: int
     end: int
-    interval: int
+    plans: int
     target: float
 
     @classmethod
@@ -61,7 +61,7 @@ class Ramp:
                 f" {total_steps}, and needs {MIN_RAMP_STEPS}: train for more steps, warm up for fewer (now"
                 f" {warmup_steps}), or move ramp_start={config.ramp_start} and ramp_end={config.ramp_end} apart."
             )
-        return cls(start, end, max(1, (end - start) // config.num_plans), config.target_sparsity)
+        return cls(start, end, min(config.num_plans, end - start), config.target_sparsity)
 
     def phase(self, step: int) -> str:
         """The phase after `step` optimizer steps."""
@@ -79,17 +79,15 @@ class Ramp:
 
     def next_plan(self, step: int) -> int | None:
         """The step of the plan (or cut) after the one at `step`, or `None` if nothing is planned at `step`."""
-        if not self.start <= step < self.end or (step - self.start) % self.interval:
-            return None
-        following = step + self.interval
-        # A last interval shorter than the others would ask for the impossible: it joins the one before.
-        return following if following + self.interval <= self.end else self.end
+        return self.following(step) if step == self.start or self.following(step - 1) == step else None
 
     def following(self, step: int) -> int | None:
         """The step of the next plan (or cut) after `step` steps, or `None` outside of the ramp."""
         if not self.start <= step < self.end:
             return None
-        return self.next_plan(step - (step - self.start) % self.interval)
+        length = self.end - self.start
+        number = -(-(step + 1 - self.start) * self.plans // length)
+        return self.start + number * length // self.plans
 
 
 def cubic(progress: float) -> float:
