@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from hf_lpdecay import LpDecayConfig, measure_sparsity
 from hf_lpdecay.sparsity import Compensation, compensation, input_dims, participants
-from hf_lpdecay.sparsity.compensation import DAMPING, block_size, compensated
+from hf_lpdecay.sparsity.compensation import DAMPING, MAX_TOKENS, block_size, compensated, some
 
 
 def problem(rows, blocks, size, seed, share=0.5):
@@ -212,6 +212,29 @@ def test_survivors_move_as_far_as_the_others_have_decayed(trim):
         assert len(shares) == 2 * plan and min(shares) >= 0 and shares[0] == 0
         assert [sum(shares[:plan]), sum(shares[plan:])] == pytest.approx([1, 1])
         assert shares[1] < shares[2] < shares[3]
+
+
+@given(more=st.integers(1, 10_000), length=st.sampled_from([1, 2, 128, 512, 2048]))
+def test_of_many_tokens_some_are_heard_from_all_positions(more, length):
+    count = MAX_TOKENS + more
+    heard = some(torch.arange(count)[:, None])[:, 0].sort().values
+    assert len(heard.unique()) == MAX_TOKENS
+    gaps = torch.cat([heard[:1] + 1, heard.diff(), count - heard[-1:]])
+    assert gaps.max() <= 2 * count / MAX_TOKENS + 1  # evenly
+    first = (heard % length == 0).float().mean().item()  # such as the first of each text, which has features of its own
+    assert first == pytest.approx(len(range(0, count, length)) / count, rel=0.5, abs=0.002)
+    assert torch.equal(some(heard[:, None]), heard[:, None])
+
+
+def test_of_many_tokens_the_products_are_estimated():
+    layer = torch.nn.Linear(6, 3, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters())
+    Compensation(layer, {layer.weight: 1}, optimizer)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 512, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
+    layer(features)
+    exact = (features.double().flatten(0, 1).T @ features.double().flatten(0, 1)).float()
+    assert (optimizer.state[layer.weight]["lp_gram"][0] - exact).norm() < 0.05 * exact.norm()
 
 
 def test_an_overflow_is_not_heard():

@@ -12,6 +12,8 @@ from .sharding import has_whole_rows, several_processes
 
 # Input features that are compared with each other: more of them cost more than the weights that they belong to.
 MAX_BLOCK = 2048
+# Of more tokens in one forward pass as many are heard, spread evenly.
+MAX_TOKENS = 4096
 # Iterations of conjugate gradients. With the preconditioner three come within two or three per cent of the best that
 # there is, in most layers.
 ITERATIONS = 3
@@ -29,8 +31,9 @@ class Compensation:
     """Keeps the layers' outputs while weights become zero: optimal brain surgeon's step, for all of them at once.
 
     Of each layer the products of its input features are summed over a few batches by forward hooks, ``H = X^T X``
-    (SparseGPT's Hessian, arXiv 2301.00774). While weights become zero, the others of the same row move to where the
-    layer's output on these batches changes least, as far in each step as those have decayed.
+    (SparseGPT's Hessian, arXiv 2301.00774; of a batch with more than 4,096 tokens it is estimated from as many). While
+    weights become zero, the others of the same row move to where the layer's output on these batches changes least, as
+    far in each step as those have decayed.
 
     ``H`` and what a weight is to move by are kept in the optimizer's state (`lp_gram` and `lp_move`), so that a
     checkpoint holds them; layers that read the same features share ``H``.
@@ -58,10 +61,11 @@ class Compensation:
         known = before is not None and before() is features
         # What the last layer has read was added already, unless this one is fresh from a checkpoint and has its own.
         if not known or state.get("lp_gram", gram) is not gram:
-            size = block_size(features.shape[-1])
+            size, tokens = block_size(features.shape[-1]), features.detach().flatten(0, -2)
+            heard = some(tokens)
             with torch.autocast(features.device.type, enabled=False):
-                blocks = features.detach().flatten(0, -2).float().unflatten(1, (-1, size)).transpose(0, 1)
-                product = blocks.transpose(1, 2) @ blocks
+                blocks = heard.float().unflatten(1, (-1, size)).transpose(0, 1)
+                product = blocks.transpose(1, 2) @ blocks * (len(tokens) / max(1, len(heard)))
             product.masked_fill_(~product.isfinite().all(), 0.0)  # an overflow, for which the step is skipped
             gram = state["lp_gram"].add_(product) if "lp_gram" in state else product
             self._last = weakref.ref(features), gram
@@ -132,6 +136,17 @@ class Compensation:
             reference = piece.masked_fill(done & mask, 0.0)
             change = compensated(reference, mask, state["lp_gram"]) - reference.float()
             moved.add_(change.masked_fill_(mask, 0.0))
+
+
+def some(tokens: Tensor) -> Tensor:
+    """At most 4,096 rows, spread evenly, but not at equal distances, which would prefer some positions in the texts."""
+    count = len(tokens)
+    if count <= MAX_TOKENS:
+        return tokens
+    numbers = torch.arange(MAX_TOKENS + 1, device=tokens.device)
+    first = numbers * count // MAX_TOKENS
+    # Of each stretch one row: multiples of the golden ratio, modulo 1, have no period.
+    return tokens[first[:-1] + ((numbers[:-1] * 0.618034).frac() * first.diff()).long()]
 
 
 def block_size(features: int) -> int:
