@@ -3,28 +3,14 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_llama, token_rows
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import make_params, set_grads
 from reference import ReferenceLpAdamW
 
 from hf_lpdecay import LpAdamW
 from hf_lpdecay.optim import pieces as pieces_module
-from hf_lpdecay.optim.functional import decay_denominator_, random_bits, stochastic_round
 
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05}
-
-
-def make_params(dtype=torch.float32, shapes=((7, 5), (300,), (3, 4, 2)), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
-
-
-def set_grads(params, step):
-    generator = torch.Generator().manual_seed(1000 + step)
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -121,59 +107,6 @@ def test_the_state_of_the_s_dynamics_is_resumed_and_stays_float32():
         optimizer.step()
         resumed.step()
         assert all(torch.equal(a, b) for a, b in zip(params, copied))
-
-
-finite = st.floats(-(2.0**50), 2.0**50, width=32)
-size = st.floats(0, 2.0**100, width=32)
-norm = st.floats(-20, 6)
-strength = st.floats(0, 1e6)
-rate = st.floats(0, 10)
-
-
-def denominator(r, lr, lp_lambda, p, dtype=torch.float32):
-    return decay_denominator_(torch.tensor([r], dtype=dtype), lr, lp_lambda, p).item()
-
-
-@given(r=size, lr=rate, lp_lambda=strength, p=norm)
-def test_decay_never_grows_a_weight_nor_turns_its_sign(r, lr, lp_lambda, p):
-    result = denominator(r, lr, lp_lambda, p)
-    assert result >= 1.0  # also fails for NaN
-
-
-@given(r=size, lr=rate, lp_lambda=strength, more=st.floats(1, 100), p=norm)
-def test_decay_is_monotone_in_lambda(r, lr, lp_lambda, more, p):
-    assert denominator(r, lr, lp_lambda * more, p) >= denominator(r, lr, lp_lambda, p) * (1 - 1e-5)
-
-
-@given(r=size, factor=st.floats(1, 100), lr=rate, lp_lambda=strength, p=st.floats(-20, 1.99))
-def test_small_weights_decay_more(r, factor, lr, lp_lambda, p):
-    larger = min(r * factor, 2.0**100)
-    assert denominator(larger, lr, lp_lambda, p) <= denominator(r, lr, lp_lambda, p) * (1 + 1e-5)
-
-
-@given(
-    w=finite,
-    grad=finite,
-    lr=st.floats(0, 1),
-    lp_lambda=strength,
-    p=norm,
-    freeze=st.booleans(),
-    post=st.booleans(),
-    rate=st.sampled_from([1.0, 0.3]),
-)
-def test_no_finite_input_gives_nan(w, grad, lr, lp_lambda, p, freeze, post, rate):
-    param = torch.nn.Parameter(torch.tensor([w, 0.0, -0.0, 1e-42, -1e-45, 1e-38], dtype=torch.float32))
-    param.grad = torch.full_like(param, min(max(grad, -1e15), 1e15))
-    options = {"freeze_zeros": freeze, "post_step": post, "s_rate": rate}
-    optimizer = LpAdamW([param], lr=lr, p=p, lp_lambda=lp_lambda, **options)
-    for _ in range(2):
-        optimizer.step()
-    assert param.isfinite().all()
-
-
-@given(w_hat=st.floats(-100, 100, width=32), lr=rate, lp_lambda=st.floats(0, 100))
-def test_p_2_is_adamw_decay_in_implicit_form(w_hat, lr, lp_lambda):
-    assert w_hat / denominator(abs(w_hat), lr, lp_lambda, 2) == pytest.approx(w_hat / (1 + lr * lp_lambda), rel=1e-6)
 
 
 @pytest.mark.parametrize("p", [-1, 0.5, 2, 3])
@@ -331,79 +264,6 @@ def test_pieces_give_what_the_whole_gives(monkeypatch, planned):
         results.append([param.detach().clone() for param in params])
     for whole, pieces in zip(*results):
         assert torch.allclose(whole, pieces, rtol=1e-14, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stochastic_rounding_keeps_the_mean_and_what_is_exact(dtype):
-    bits = random_bits(40_000, seed=3)
-    for value in (0.02, -1.2345, 3e-6, 100.3):
-        rounded = stochastic_round(torch.full((40_000,), value), dtype, bits)
-        assert rounded.unique().numel() <= 2
-        ulp = (rounded.max() - rounded.min()).item()
-        assert rounded.double().mean().item() == pytest.approx(value, abs=ulp * 0.01 + 1e-12)
-    exact = torch.tensor([0.0, 1.0, -2.5, 0.15625, math.inf, -math.inf]).to(dtype)
-    assert torch.equal(stochastic_round(exact.float(), dtype, bits[:6]), exact)
-    assert stochastic_round(torch.tensor([math.nan]), dtype, bits[:1]).isnan().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_weights_decay_to_zero_in_the_time_of_float32(dtype):
-    torch.manual_seed(0)
-    steps = {}
-    for kind in (torch.float32, dtype):
-        param = torch.nn.Parameter(torch.full((10_000,), 0.02, dtype=kind))
-        optimizer = LpAdamW([param], lr=1e-3, p=0.8, lp_lambda=1e-2)
-        alive = []
-        while (param != 0).any():
-            param.grad = torch.zeros_like(param)
-            optimizer.step()
-            alive.append((param != 0).float().mean().item())
-            assert len(alive) < 5000
-        steps[kind] = sum(alive)
-    assert steps[dtype] == pytest.approx(steps[torch.float32], rel=0.1)
-
-
-@pytest.mark.parametrize("float32_moments", [True, False])
-def test_moments_of_low_precision_weights_keep_their_dtype_when_loaded(float32_moments):
-    params = make_params(torch.bfloat16)
-    optimizer = LpAdamW(params, lr=1e-3, float32_moments=float32_moments)
-    set_grads(params, 0)
-    optimizer.step()
-    other = LpAdamW([torch.nn.Parameter(p.detach().clone()) for p in params], lr=1e-3)
-    other.load_state_dict(optimizer.state_dict())
-    for a, b in zip(optimizer.state.values(), other.state.values()):
-        for name in ("exp_avg", "exp_avg_sq"):
-            assert b[name].dtype == (torch.float32 if float32_moments else torch.bfloat16)
-            assert torch.equal(a[name], b[name])
-    plain = torch.optim.AdamW(params, lr=1e-3)
-    plain.step()
-    third = LpAdamW(params, lr=1e-3)
-    third.load_state_dict(plain.state_dict())
-    assert third.state[params[0]]["exp_avg"].dtype == torch.float32
-
-
-def test_training_bfloat16_weights_ends_with_the_loss_of_float32():
-    tokens = torch.tensor([row["input_ids"] for row in token_rows(64)])
-    losses = []
-    for dtype, options in ((torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, {"float32_moments": False})):
-        torch.manual_seed(0)
-        model = tiny_llama(attention_dropout=0.0).to(dtype)
-        optimizer = LpAdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), p=0.8, lp_lambda=1e-3, **options)
-        for _ in range(60):
-            model(input_ids=tokens, labels=tokens).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            losses.append(model.float()(input_ids=tokens, labels=tokens).loss.item())
-    assert losses[0] < 3.0 and losses[1:] == pytest.approx([losses[0]] * 2, rel=0.01), losses
-
-
-def test_a_learning_rate_on_the_device_is_never_asked_for_its_value():
-    r = torch.tensor([0.0, 1e-30, 0.02, 3.0])
-    for p in (-1, 0.5, 2, 3):
-        for lr in (0.0, 1e-3):
-            expected = decay_denominator_(r.clone(), lr, 1e-2, p)
-            assert torch.allclose(decay_denominator_(r.clone(), torch.tensor(lr), 1e-2, p), expected)
 
 
 @pytest.mark.parametrize(
