@@ -207,7 +207,7 @@ def test_survivors_move_as_far_as_the_others_have_decayed(trim):
             param.grad = torch.zeros_like(param)
         optimizer.step()
         controller.after_step(step, lambda first, last, step=step: [rates[step + first : step + last]])
-    plan = (controller.ramp.end - controller.ramp.start) // 2
+    plan = (controller.ramp.end - controller.ramp.start) // controller.ramp.plans
     for shares in heard.of.values():
         assert len(shares) == 2 * plan and min(shares) >= 0 and shares[0] == 0
         assert [sum(shares[:plan]), sum(shares[plan:])] == pytest.approx([1, 1])

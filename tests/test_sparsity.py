@@ -202,6 +202,7 @@ def test_ramp_waits_for_the_warm_up_and_needs_ten_steps():
     assert (Ramp.from_config(config, 100).start, Ramp.from_config(config, 100).end) == (10, 50)
     assert Ramp.from_config(config, 100, warmup_steps=30).start == 30
     ramp = Ramp.from_config(LpDecayConfig(target_sparsity=0.5, num_plans=7), 107)
+    assert ramp.plans == 7 and Ramp.from_config(config, 30).plans == 10
     assert [ramp.phase(s) for s in (0, ramp.start, ramp.end - 1, ramp.end)] == ["dense", "decay", "decay", "settle"]
     with pytest.raises(ValueError, match="would have 9 optimizer steps, from step 5 to 14 of 20, and needs 10"):
         Ramp.from_config(LpDecayConfig(target_sparsity=0.5), 20)

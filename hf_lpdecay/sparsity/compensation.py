@@ -65,7 +65,7 @@ class Compensation:
             heard = some(tokens)
             with torch.autocast(features.device.type, enabled=False):
                 blocks = heard.float().unflatten(1, (-1, size)).transpose(0, 1)
-                product = blocks.transpose(1, 2) @ blocks * (len(tokens) / max(1, len(heard)))
+                product = (blocks.transpose(1, 2) @ blocks).mul_(len(tokens) / max(1, len(heard)))
             product.masked_fill_(~product.isfinite().all(), 0.0)  # an overflow, for which the step is skipped
             gram = state["lp_gram"].add_(product) if "lp_gram" in state else product
             self._last = weakref.ref(features), gram
