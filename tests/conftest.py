@@ -35,6 +35,7 @@ settings.register_profile("deterministic", deadline=None, derandomize=True)
 settings.load_profile("deterministic")
 
 VOCAB = 64
+TARGET = LpDecayConfig(p=0.5, target_sparsity=0.5)
 
 
 def make_params(dtype=torch.float32, shapes=((7, 5), (300,), (3, 4, 2)), seed=0):

@@ -10,7 +10,6 @@ from hf_lpdecay import LpDecayConfig, measure_sparsity, merge_sparse
 from hf_lpdecay.training import merge_cost
 
 
-TARGET = LpDecayConfig(p=0.5, target_sparsity=0.5)
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
 
 

@@ -6,13 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import arguments, same_bits, tiny_llama, token_rows, trainer_for, weights
+from conftest import TARGET, arguments, same_bits, tiny_llama, token_rows, trainer_for, weights
 from transformers import Trainer, set_seed
 
 from hf_lpdecay import LpAdamW, LpDecayConfig, LpDecayTrainer, SparsityCallback, measure_sparsity
-
-
-TARGET = LpDecayConfig(p=0.5, target_sparsity=0.5)
 
 
 def plain(folder, config, model=None, optimizer=LpAdamW, options=None, **overrides):

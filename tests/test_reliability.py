@@ -11,14 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import same_bits, tiny_llama, trainer_for, weights
+from conftest import TARGET, same_bits, tiny_llama, trainer_for, weights
 from transformers import Trainer, TrainerCallback
 
 from hf_lpdecay import LpDecayConfig, LpDecayMixin, LpDecayTrainer, measure_sparsity
 from hf_lpdecay.training import last_whole_checkpoint
-
-
-TARGET = LpDecayConfig(p=0.5, target_sparsity=0.5)
 
 
 class Fault:

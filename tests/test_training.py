@@ -1,9 +1,19 @@
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments, same_bits, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_rows, trainer_for, weights
+from conftest import (
+    TARGET,
+    arguments,
+    same_bits,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    token_rows,
+    trainer_for,
+    weights,
+)
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -23,10 +33,6 @@ from hf_lpdecay import (
     SparsityCallback,
     measure_sparsity,
 )
-from hf_lpdecay.training import last_whole_checkpoint
-
-
-TARGET = LpDecayConfig(p=0.5, target_sparsity=0.5)
 
 
 def classified_rows():
@@ -122,35 +128,6 @@ def test_the_plain_method_runs_at_constant_lambda(tmp_path):
     assert all(t.zeros == 0 for t in measure_sparsity(trainer.model).tensors if not t.selected)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        TARGET,
-        LpDecayConfig(p=0.5, target_sparsity=0.6, scope="global", trim=False),
-        LpDecayConfig(p=0.5, pattern="2:4"),
-        LpDecayConfig(p=0.5, target_sparsity=0.5, importance="activation", ramp_start=0.2),
-        LpDecayConfig(p=0.5, target_sparsity=0.5, pattern="neurons", calibration_batches=2, p_start=1.5),
-        LpDecayConfig(p=0.5, target_sparsity=0.5, s_rate=0.5),
-        LpDecayConfig(
-            p=0.5, lp_lambda=0.05, p_start=2.0, lp_lambda_schedule="cubic", freeze_zeros=True, post_step=True
-        ),
-    ],
-)
-def test_a_run_resumed_at_any_checkpoint_ends_in_the_same_bits(tmp_path, config):
-    options = {"save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
-    whole = trainer_for(tmp_path / "whole", config, **options)
-    whole.train()
-    final = weights(whole.model)
-    checkpoints = sorted(tmp_path.glob("whole/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    assert [path.name for path in checkpoints] == [f"checkpoint-{s}" for s in (4, 8, 12, 16, 20, 24, 28, 30)]
-    for checkpoint in checkpoints[:-1]:
-        resumed = trainer_for(tmp_path / "resumed", config, **options)
-        resumed.train(resume_from_checkpoint=str(checkpoint))
-        assert same_bits(final, weights(resumed.model)), checkpoint.name
-        logs = [t.state.log_history[-2] for t in (resumed, whole)]
-        assert all(logs[0][name] == logs[1][name] for name in ("step", "grad_norm", "sparsity", "lp_lambda"))
-
-
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_activation_importance_is_the_rms_of_the_input_features(tmp_path, make, scope):
@@ -182,39 +159,6 @@ def test_activation_importance_is_the_rms_of_the_input_features(tmp_path, make, 
         h = h[0] if "up_proj" in name else h[:, 0]
         assert torch.allclose(h / h.mean(), rms / rms.mean(), rtol=1e-4)
     assert not any(m._forward_pre_hooks for n, m in model.named_modules() if n not in layers)
-
-
-def test_a_checkpoint_cut_off_in_the_middle_is_passed_over(tmp_path):
-    trainer = trainer_for(tmp_path, TARGET, save_strategy="steps", save_steps=10)
-    trainer.train()
-    final = weights(trainer.model)
-    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text('{"epoch": 1.')
-    shutil.copytree(tmp_path / "checkpoint-10", tmp_path / "checkpoint-25")
-    (tmp_path / "checkpoint-25" / "trainer_state.json").unlink()
-    shutil.rmtree(tmp_path / "checkpoint-30")
-    assert Path(last_whole_checkpoint(tmp_path)).name == "checkpoint-10"
-    resumed = trainer_for(tmp_path, TARGET, save_strategy="steps", save_steps=10)
-    resumed.train(resume_from_checkpoint=True)
-    assert same_bits(final, weights(resumed.model))
-    assert last_whole_checkpoint(tmp_path / "nowhere") is None
-    with pytest.raises(ValueError, match="No whole checkpoint in"):
-        trainer_for(tmp_path / "empty", TARGET).train(resume_from_checkpoint=True)
-
-
-def test_resuming_with_another_config_is_refused(tmp_path):
-    trainer_for(tmp_path, TARGET, save_strategy="steps", save_steps=10).train()
-    other = trainer_for(tmp_path, LpDecayConfig(p=0.8, target_sparsity=0.5))
-    with pytest.raises(ValueError, match=r"trained with p=0\.5 \(now 0\.8\)"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-
-
-def test_restored_callbacks_go_on_driving_the_run(tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 10, "restore_callback_states_from_checkpoint": True}
-    whole = trainer_for(tmp_path, TARGET, **options)
-    whole.train()
-    resumed = trainer_for(tmp_path / "b", TARGET, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    assert same_bits(weights(whole.model), weights(resumed.model))
 
 
 def test_fine_tuning_a_sparse_model_with_frozen_zeros_keeps_every_zero(tmp_path):
