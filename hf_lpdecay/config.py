@@ -54,6 +54,10 @@ class LpDecayConfig:
             a target and `"magnitude"` (the paper's, and the only choice) without.
         trim (`bool`, *optional*): Decay only the weights that are due before the next plan, so that the survivors are
             not shrunk. Defaults to `True` with a target; impossible without.
+        hard_cut (`bool`, *optional*, defaults to `False`): Do not decay what is due, but set it to zero at each plan,
+            as gradual magnitude pruning does; importance, pattern, schedule and compensation stay. It is what
+            ``p -> -inf`` comes to, so that `p`, `p_start`, `post_step`, `s_rate` and `trim` have no say. Impossible
+            without a target.
         compensate (`bool`, *optional*): Until the next plan, move the weights that survive to where their layer's
             output changes least while those that are due become zero: optimal brain surgeon's step, from the input
             features of the last 5 steps before the plan. In the ramp this costs a copy of the selected weights, and
@@ -116,6 +120,7 @@ class LpDecayConfig:
     trim: bool | None = field(
         default=None, metadata={"help": "Exempt the weights that are not due. Defaults to True with a target."}
     )
+    hard_cut: bool = field(default=False, metadata={"help": "Set what is due to zero at once instead of decaying it."})
     compensate: bool | None = field(
         default=None, metadata={"help": "Let survivors make up for what goes. Defaults to True with a target."}
     )
@@ -237,6 +242,7 @@ class LpDecayConfig:
             planned = {
                 "importance": self.importance not in (None, "magnitude") and self.importance,
                 "trim": self.trim,
+                "hard_cut": self.hard_cut,
                 "compensate": self.compensate,
                 "calibration_batches": self.calibration_batches,
             }

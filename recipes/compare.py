@@ -19,22 +19,8 @@ from pathlib import Path
 
 import finetune
 
-from hf_lpdecay import LpDecayConfig, SparsityCallback, measure_sparsity
-from hf_lpdecay.sparsity import SparsityController
+from hf_lpdecay import LpDecayConfig, measure_sparsity
 from hf_lpdecay.sparsity.report import write_text
-
-
-class HardCutController(SparsityController):
-    """Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878): cuts what is due at once instead of decaying it."""
-
-    def _plan(self, step: int, following: int, learning_rates: list[list[float]]) -> None:
-        self.cut(self.ramp.sparsity(step))
-
-
-class GradualPruning(SparsityCallback):
-    """Drives a [`HardCutController`] in place of the decay."""
-
-    controller_class = HardCutController
 
 
 NO_TARGET = {
@@ -43,22 +29,23 @@ NO_TARGET = {
     "importance": None,
     "trim": None,
     "compensate": None,
+    "hard_cut": False,
     "pattern": "unstructured",
 }
-# What each method changes in the LpDecayConfig, and what drives it.
+# What each method changes in the LpDecayConfig. Gradual pruning ("gmp", Zhu and Gupta, arXiv 1710.01878) cuts.
 METHODS = {
-    "dense": (NO_TARGET, SparsityCallback),
-    "gmp": ({"importance": "magnitude", "compensate": False}, GradualPruning),
-    "gmp-adam": ({"importance": "adam", "compensate": False}, GradualPruning),
-    "gmp-compensate": ({}, GradualPruning),  # as `lp`, but cut
-    "gmp-adam-distill": ({"importance": "adam", "compensate": False}, GradualPruning),
-    "lp-plain": ({"importance": "magnitude", "trim": False, "compensate": False}, SparsityCallback),
-    "lp-trim": ({"importance": "magnitude", "trim": True, "compensate": False}, SparsityCallback),
-    "lp-adam": ({"importance": "adam", "trim": True, "compensate": False}, SparsityCallback),
-    "lp": ({}, SparsityCallback),
-    "lp-distill": ({}, SparsityCallback),
+    "dense": NO_TARGET,
+    "gmp": {"hard_cut": True, "importance": "magnitude", "compensate": False},
+    "gmp-adam": {"hard_cut": True, "importance": "adam", "compensate": False},
+    "gmp-compensate": {"hard_cut": True},  # as `lp`, but cut
+    "gmp-adam-distill": {"hard_cut": True, "importance": "adam", "compensate": False},
+    "lp-plain": {"hard_cut": False, "importance": "magnitude", "trim": False, "compensate": False},
+    "lp-trim": {"hard_cut": False, "importance": "magnitude", "trim": True, "compensate": False},
+    "lp-adam": {"hard_cut": False, "importance": "adam", "trim": True, "compensate": False},
+    "lp": {"hard_cut": False},
+    "lp-distill": {"hard_cut": False},
 }
-FROZEN = ({**NO_TARGET, "freeze_zeros": True}, SparsityCallback)
+FROZEN = {**NO_TARGET, "freeze_zeros": True}
 
 
 @dataclass
@@ -112,16 +99,12 @@ def main(argv: list[str]) -> int:
 
 def run(script, lp_config: LpDecayConfig, args, data: finetune.Data, method: str, seed: int) -> dict[str, float]:
     """Train with one method (or from one pruned folder) and seed, and evaluate in float32."""
-    changes, callback_class = METHODS.get(method, FROZEN)
     if method not in METHODS:
         script = dataclasses.replace(script, model_name_or_path=method)
     teacher = (lp_config.distill or "self") if method.endswith("-distill") else None
-    config = dataclasses.replace(lp_config, **changes, distill=teacher)
+    config = dataclasses.replace(lp_config, **METHODS.get(method, FROZEN), distill=teacher)
     args.seed = seed
     trainer, evaluate_model = finetune.prepare(script, config, args, data)
-    if callback_class is not SparsityCallback:
-        callback = trainer.pop_callback(SparsityCallback)
-        trainer.add_callback(callback_class(config, callback.names))
     before = evaluate_model(trainer.model, "before")
     started = time.monotonic()
     trainer.train()

@@ -185,6 +185,16 @@ def test_results_that_are_no_numbers_are_left_out(saved):
     assert "## Results" not in check(card).text and not card.data.eval_results
 
 
+def test_a_hard_cut_is_not_called_a_decay(saved):
+    folder, facts = saved
+    config = vars(LpDecayConfig(target_sparsity=0.5, hard_cut=True))
+    card = make_card(folder, {**facts, **FACTS, "lp_config": config})
+    shown = check(card)
+    assert "by gradual pruning" in shown.text and "decoupled weight decay" not in shown.text
+    assert "strength" not in shown.text and "hard_cut=True" in shown.text
+    assert set(card.data.tags) == {"sparsity", "pruning", "mine"}
+
+
 def test_a_dense_classifier_boasts_of_nothing(tmp_path):
     model = tiny_bert()
     model.save_pretrained(tmp_path)

@@ -4,12 +4,9 @@ import json
 
 import compare
 import pytest
-import torch
-from conftest import constant, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from hf_lpdecay import LpAdamW, LpDecayConfig
-from hf_lpdecay.sparsity import Ramp, select_parameters
+from hf_lpdecay.sparsity import select_parameters
 
 
 def test_methods_side_by_side(command, tmp_path, capsys, language_model):
@@ -47,23 +44,6 @@ def test_a_pruned_checkpoint_is_continued_with_its_zeros_frozen(command, tmp_pat
     assert frozen["method"] == str(tmp_path / "pruned") and frozen["before"] != dense["before"]
     assert frozen["sparsity"] == 0.25 and frozen["perplexity"] < frozen["before"]
     assert (distilled["sparsity"], dense["sparsity"]) == (0.5, 0.0)
-
-
-def test_gradual_pruning_follows_the_cubic_schedule_exactly():
-    model = tiny_llama()
-    config = LpDecayConfig(p=0.5, target_sparsity=0.8, importance="magnitude")
-    params = select_parameters(model)
-    optimizer = LpAdamW([{"params": list(params.values())}], lr=1e-3, p=0.5)
-    controller = compare.HardCutController(config, params, optimizer, Ramp.from_config(config, 100))
-    for step in range(1, 101):
-        for param in params.values():
-            param.grad = torch.randn_like(param)
-        optimizer.step()
-        controller.after_step(step, constant(1e-3))
-        due = controller.ramp.sparsity(step)
-        if step == controller.ramp.end or controller.ramp.next_plan(step) is not None:
-            for param in params.values():
-                assert param.numel() - param.count_nonzero() == round(due * param.numel())
 
 
 def test_unknown_methods_and_folders_are_refused(capsys):

@@ -108,8 +108,9 @@ def test_two_shards_end_as_one_process_on_the_same_batches(tmp_path, config, opt
     assert zeros[0] == zeros[1] > 0
 
 
-def test_a_resumed_run_of_shards_ends_as_one_that_was_not_interrupted(tmp_path):
-    config = {**GLOBAL, "compensate": False}
+@pytest.mark.parametrize("cuts", [{}, {"hard_cut": True, "num_plans": 4}], ids=["decay", "hard cut"])
+def test_a_resumed_run_of_shards_ends_as_one_that_was_not_interrupted(tmp_path, cuts):
+    config = {**GLOBAL, "compensate": False, **cuts}
     options = {"state_dict_type": "FULL_STATE_DICT", **SAVING}
     whole = trained(tmp_path / "whole", config, **options)
     resumed = trained(tmp_path / "resumed", config, **options, resume=str(tmp_path / "whole" / "checkpoint-12"))

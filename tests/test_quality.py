@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
-from compare import GradualPruning
 from conftest import VOCAB, tiny_llama, trainer_for
 from transformers import Trainer
 
-from hf_lpdecay import LpDecayConfig, LpDecayTrainer, SparsityCallback, measure_sparsity
+from hf_lpdecay import LpDecayConfig, LpDecayTrainer, measure_sparsity
 
 
 NOISE = 0.1
@@ -37,7 +36,7 @@ def language(rows, seed, length=32):
 TRAIN, TEST = language(4096, seed=0), language(128, seed=1)
 
 
-def loss_after(folder, model, config, steps, learning_rate, callback=None, seed=0):
+def loss_after(folder, model, config, steps, learning_rate, seed=0):
     trainer = trainer_for(
         folder,
         config,
@@ -51,8 +50,6 @@ def loss_after(folder, model, config, steps, learning_rate, callback=None, seed=
         seed=seed,
         data=(TRAIN, TEST),
     )
-    if callback is not None:
-        trainer.add_callback(callback(config, trainer.pop_callback(SparsityCallback).names))
     trainer.train()
     return trainer.evaluate()["eval_loss"]
 
@@ -71,13 +68,13 @@ def learned(tmp_path_factory):
 def test_the_decay_beats_gradual_magnitude_pruning(learned, tmp_path, target, scope, share, seed):
     """On a short budget; `share`: of what magnitude pruning loses against the best that is possible."""
     losses = {}
-    for name, options, callback in (
-        ("lp", {"scope": scope}, None),
-        ("gmp", {"importance": "magnitude", "compensate": False}, GradualPruning),
+    for name, options in (
+        ("lp", {"scope": scope}),
+        ("gmp", {"hard_cut": True, "importance": "magnitude", "compensate": False}),
     ):
         model = copy.deepcopy(learned)
         config = LpDecayConfig(target_sparsity=target, **options)
-        losses[name] = loss_after(tmp_path / name, model, config, 40, 1e-3, callback, seed)
+        losses[name] = loss_after(tmp_path / name, model, config, 40, 1e-3, seed)
         assert measure_sparsity(model).sparsity == pytest.approx(target, abs=1e-3)
     assert losses["lp"] - ENTROPY < share * (losses["gmp"] - ENTROPY), losses
 
@@ -95,7 +92,7 @@ def test_compensation_keeps_more_of_it(learned, tmp_path, target, options, share
 @pytest.mark.parametrize("seed", [0, 1])
 def test_where_plans_are_few_the_decay_beats_a_hard_cut_by_the_same_importance(learned, tmp_path, seed):
     losses = {}
-    for callback in (None, GradualPruning):
-        config = LpDecayConfig(target_sparsity=0.9, compensate=False, num_plans=4)
-        losses[callback] = loss_after(tmp_path / "out", copy.deepcopy(learned), config, 40, 1e-3, callback, seed)
-    assert losses[None] - ENTROPY < 0.9 * (losses[GradualPruning] - ENTROPY), losses
+    for hard_cut in (False, True):
+        config = LpDecayConfig(target_sparsity=0.9, compensate=False, num_plans=4, hard_cut=hard_cut)
+        losses[hard_cut] = loss_after(tmp_path / "out", copy.deepcopy(learned), config, 40, 1e-3, seed)
+    assert losses[False] - ENTROPY < 0.9 * (losses[True] - ENTROPY), losses

@@ -19,6 +19,7 @@ from hf_lpdecay.training import last_whole_checkpoint
         LpDecayConfig(p=0.5, target_sparsity=0.5, importance="activation", ramp_start=0.2),
         LpDecayConfig(p=0.5, target_sparsity=0.5, pattern="neurons", calibration_batches=2, p_start=1.5),
         LpDecayConfig(p=0.5, target_sparsity=0.5, s_rate=0.5),
+        LpDecayConfig(target_sparsity=0.5, hard_cut=True, num_plans=4),
         LpDecayConfig(
             p=0.5, lp_lambda=0.05, p_start=2.0, lp_lambda_schedule="cubic", freeze_zeros=True, post_step=True
         ),

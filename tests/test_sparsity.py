@@ -153,6 +153,33 @@ def test_trimmed_decay_leaves_the_survivors_alone():
     assert all((param.abs() < before[name].abs())[param != 0].all() for name, param in params.items())
 
 
+@pytest.mark.parametrize(
+    "options", [{"target": 0.8}, {"target": 0.8, "scope": "global"}, {"pattern": "neurons"}, {"pattern": "2:4"}]
+)
+def test_a_hard_cut_follows_the_cubic_schedule_exactly_and_decays_nothing(options):
+    params, optimizer, controller = controlled(hard_cut=True, **options)
+    group = optimizer.param_groups[0]
+    for step in range(1, 51):
+        before = {name: param.detach().clone() for name, param in params.items()}
+        for param in params.values():
+            param.grad = torch.randn_like(param)
+        controller.before_step()
+        group["lr"] = 0.0 if step > 20 else 1e-3  # so that after these steps a change is none of AdamW's
+        optimizer.step()
+        controller.after_step(step, constant(1e-3))
+        assert step <= 20 or all(
+            torch.equal(param[param != 0], before[name][param != 0]) for name, param in params.items()
+        )
+        if (step == controller.ramp.end or controller.ramp.next_plan(step) is not None) and "pattern" not in options:
+            due = controller.ramp.sparsity(step)
+            total = sum(param.numel() for param in params.values())
+            assert sum(zeros(params).values()) == pytest.approx(due * total, abs=len(params))
+    assert controller.lp_lambda() == 0.0
+    if "pattern" in options:
+        sparsity = {name: count / params[name].numel() for name, count in zeros(params).items()}
+        assert set(sparsity.values()) == {0.5}
+
+
 def test_equal_weights_are_cut_to_the_exact_count():
     model = tiny_llama()
     for param in select_parameters(model).values():
@@ -275,6 +302,7 @@ def test_plot_is_a_picture_with_and_without_a_course(tmp_path):
         ({"target_sparsity": 0.5, "importance": "wanda"}, "Invalid importance: 'wanda'"),
         ({"lp_lambda": 0.1, "importance": "adam"}, "importance='adam' needs a target_sparsity"),
         ({"lp_lambda": 0.1, "trim": True}, "trim=True needs a target_sparsity"),
+        ({"lp_lambda": 0.1, "hard_cut": True}, "hard_cut=True needs a target_sparsity"),
         ({"target_sparsity": 0.5, "num_plans": 0}, "Invalid num_plans: 0"),
         ({"target_sparsity": 0.5, "p_start": 2.0}, "Invalid p_start: 2.0 - should be below 2 with a target_sparsity"),
         ({"lp_lambda": 0.1, "p_start": "high"}, "Invalid p_start: 'high'"),

@@ -32,6 +32,7 @@ _TRAINING_ROWS = (
     ("seconds", "seconds", "{:,.0f}"),
 )
 _PAPER = "[arXiv 2404.10824](https://arxiv.org/abs/2404.10824)"
+_GRADUAL_PRUNING = "[arXiv 1710.01878](https://arxiv.org/abs/1710.01878)"
 
 
 def metrics(facts: dict[str, Any], when: str) -> dict[str, float]:
@@ -71,7 +72,7 @@ def is_repo_id(name: Any) -> bool:
 
 def decays(lp_config: dict[str, Any]) -> bool:
     """Whether the p-norm decay acted in the training."""
-    return bool(lp_config.get("target_sparsity") or lp_config.get("lp_lambda"))
+    return bool(lp_config.get("target_sparsity") or lp_config.get("lp_lambda")) and not lp_config.get("hard_cut")
 
 
 def is_sparse(report: SparsityReport) -> bool:
@@ -125,6 +126,8 @@ def method(lp_config: dict[str, Any], report: SparsityReport) -> str | None:
     """How it became sparse."""
     if decays(lp_config):
         return f"hf_lpdecay made it sparse in the training, by the decoupled weight decay for any p norm ({_PAPER})."
+    if lp_config.get("hard_cut"):
+        return f"hf_lpdecay made it sparse in the training, by gradual pruning ({_GRADUAL_PRUNING})."
     if lp_config.get("freeze_zeros") and is_sparse(report):
         return "Its zeros are older than this training, in which hf_lpdecay kept every one of them."
     return None
@@ -209,14 +212,14 @@ def config_code(lp_config: dict[str, Any]) -> str | None:
 
 def strength(lp_config: dict[str, Any], log_history: list[dict[str, Any]]) -> str | None:
     """Which λ it was."""
+    if not decays(lp_config):
+        return None
     p, given = lp_config.get("p"), lp_config.get("lp_lambda")
     if lp_config.get("target_sparsity"):
         largest = max((entry.get("lp_lambda") or 0.0 for entry in log_history), default=0.0)
         logged = f"; the largest in the log is {largest:.3g}" if largest else ""
         return f"Here it was planned for each tensor, so that the target was met{logged}."
-    if given:
-        return f"Here it was {given:g}" + (f", which is {given / p:.4g} in that code." if p and p > 0 else ".")
-    return None
+    return f"Here it was {given:g}" + (f", which is {given / p:.4g} in that code." if p and p > 0 else ".")
 
 
 def training_table(training: dict[str, Any]) -> str | None:

@@ -35,7 +35,8 @@ class SparsityController:
     ``r ** (2 - p)`` falls by ``(2 - p) * lambda * lr`` in a step, so with ``A`` the learning rate summed until then,
     ``lambda = q ** (2 - p) / ((2 - p) * A)``; for a few large steps [`~.schedule.strength`] has the exact number. If
     `trim` is set, all but the weights below ``q`` are exempt; until the next plan the threshold sinks with them, so
-    that no other weight gets into their number. From the first plan on, what is zero stays zero.
+    that no other weight gets into their number. From the first plan on, what is zero stays zero. With `hard_cut` each
+    plan cuts what is due by then, and nothing decays.
 
     The plan lives in the optimizer's state, and what has been done so far in the weights' own zeros, so that the
     optimizer's and the model's checkpoints hold everything that a resumed run needs.
@@ -112,7 +113,10 @@ class SparsityController:
             self._finish()
         elif following is not None:
             self._weigh(step)
-            self._plan(step, following, learning_rates(0, following - step))
+            if self.config.hard_cut:
+                self.cut(self.ramp.sparsity(step))
+            else:
+                self._plan(step, following, learning_rates(0, following - step))
         self._listen(step)
 
     @torch.no_grad()
@@ -143,7 +147,8 @@ class SparsityController:
         following = self.ramp.following(step)
         if following is not None:
             self._weigh(step)
-            self._plan(step, following, learning_rates(0, following - step))
+            if not self.config.hard_cut:
+                self._plan(step, following, learning_rates(0, following - step))
 
     def _listen(self, step: int) -> None:
         """Look at the features in the last steps before each plan, no longer."""
@@ -221,7 +226,10 @@ class SparsityController:
                 of each feed-forward or attention.
         """
         for pool in self._pools:
-            for param, gone, before in self._going(pool, self._smallest(pool, self._count(pool, sparsity))):
+            count = self._count(pool, sparsity)
+            if count == 0:
+                continue
+            for param, gone, before in self._going(pool, self._smallest(pool, count)):
                 if self._compensation is not None:
                     self._compensation.apply(param, gone, before)
                 local(param).masked_fill_(gone, 0.0)
@@ -283,10 +291,7 @@ class SparsityController:
         return structured_size(local(size), self.pattern.spec, self._dims[param])
 
     def _smallest(self, pool: list[Tensor | Units], count: int) -> Iterator[Tensor]:
-        """Masks of exactly the `count` smallest of a pool; among equals the first ones are taken."""
-        if count == 0:
-            yield from (torch.zeros_like(size, dtype=torch.bool) for size in self._sizes(pool))
-            return
+        """Masks of exactly the `count` smallest of a pool, at least one; among equals the first ones are taken."""
         groups = self._groups(pool)
         threshold, below = kth_smallest(lambda: self._sizes(pool), lambda counts: summed(counts, groups), count)
         spare = count - below

@@ -30,7 +30,7 @@ from ..sparsity.report import count_nonzero
 from ..sparsity.schedule import DECAY, DENSE, SETTLE
 from ..sparsity.sharding import whole
 from .checks import check_optimizer, check_ranks, differences
-from .zero import WeightRange, controller_on_ranges, find_ranges
+from .zero import WeightRange, ZeroController, find_ranges
 
 
 logger = logging.get_logger(__name__)
@@ -65,8 +65,6 @@ class SparsityCallback(TrainerCallback, ExportableState):
     ... )
     ```
     """
-
-    controller_class = SparsityController
 
     def __init__(self, lp_config: LpDecayConfig | dict[str, Any], names: list[str] | None = None):
         self.lp_config = LpDecayConfig(**lp_config) if isinstance(lp_config, dict) else lp_config
@@ -224,10 +222,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
             inputs = {param: dims.get(name, 1) for name, param in self._params.items()}
             self._compensation = Compensation(model, inputs, optimizer)
         if self._ranges:
-            on_ranges = controller_on_ranges(self.controller_class)
-            self._controller = on_ranges(config, self._ranges, optimizer.optimizer, self._ramp, dims, units)
+            self._controller = ZeroController(config, self._ranges, optimizer.optimizer, self._ramp, dims, units)
         else:
-            self._controller = self.controller_class(
+            self._controller = SparsityController(
                 config, self._params, optimizer, self._ramp, dims, units, self._compensation
             )
         params = list(self._params.values())
@@ -289,12 +286,14 @@ class SparsityCallback(TrainerCallback, ExportableState):
             whole = "layer" if config.scope == "layer" else "model"
             plan = (
                 f"to {config.target_sparsity:.1%} zeros ({config.pattern}) per {whole} from step {self._ramp.start} to"
-                f" {self._ramp.end}, importance={config.importance}, trim={config.trim},"
-                f" compensate={self._compensates}"
+                f" {self._ramp.end}, importance={config.importance},"
+                + ("" if config.hard_cut else f" trim={config.trim},")
+                + f" compensate={self._compensates}"
             )
         examples = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        what = "hard cut" if config.hard_cut else f"p-norm decay (p={config.p:g})"
         return (
-            f"p-norm decay (p={config.p:g}) on {len(self._params)} of {len(trained)} trained tensors, {numel:,} of"
+            f"{what} on {len(self._params)} of {len(trained)} trained tensors, {numel:,} of"
             f" {total:,} weights ({numel / total:.1%}), {plan}; not on {len(others)} others"
             + (f" ({examples})." if others else ".")
         )

@@ -59,11 +59,11 @@ class WeightRange:
         return slice(self.start // width, math.ceil((self.start + self.numel) / width)), self.start % width
 
 
-class ZeroMixin:
-    """A controller of the ranges that this process holds. Put it in front of a [`SparsityController`].
+class ZeroController(SparsityController):
+    """A controller of the ranges that this process holds.
 
     Args:
-        config, args: As for the controller.
+        config, args: As for a [`SparsityController`].
         ranges (`dict[str, WeightRange]`): From [`find_ranges`].
         optimizer (`DeepSpeedZeroOptimizer`): DeepSpeed's, with the controller's inside.
     """
@@ -109,11 +109,6 @@ class ZeroMixin:
             if factor := factors[one.weight]:
                 flat = one.flat(factor["lp_row"], factor["lp_col"])
                 state[one.partition].update(lp_row=flat, lp_col=flat.new_ones(1))
-
-
-def controller_on_ranges(controller_class: type[SparsityController]) -> type[SparsityController]:
-    """The controller that does with ranges what `controller_class` does with weights."""
-    return type(f"Zero{controller_class.__name__}", (ZeroMixin, controller_class), {})
 
 
 def find_ranges(optimizer: AcceleratedOptimizer, params: dict[str, nn.Parameter]) -> dict[str, WeightRange]:
