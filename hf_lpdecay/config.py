@@ -15,14 +15,14 @@ class LpDecayConfig:
     method of arXiv 2404.10824: constant strength, whatever sparsity comes of it), or `freeze_zeros=True` alone to
     fine-tune a model that is sparse already.
 
-    With a target, training has three phases: dense, until the learning rate has warmed up and `ramp_start` has come;
-    the ramp, in which the smallest weights decay to zero along a cubic schedule (Zhu and Gupta, arXiv 1710.01878); and
-    from `ramp_end` on the settle phase, in which exactly the target is zero, zeros are frozen and the rest recovers.
+    With a target, training has three phases: dense, until `ramp_start` and the end of the learning rate's warm-up; the
+    ramp, in which the weights of the smallest scores decay to zero along a cubic schedule (Zhu and Gupta, arXiv
+    1710.01878); and from `ramp_end` on the recovery phase, with exactly the target sparsity and frozen zeros.
 
     Args:
         p (`float`, *optional*, defaults to `0.8`): The norm. Below 1 small weights become exactly zero. Must be below
             2 with a target. ``p <= 0`` is accepted, beyond the paper, and comes ever closer to a hard cut.
-        p_start (`float`, *optional*): The norm at the start of the ramp, from where it goes to `p` in a straight line.
+        p_start (`float`, *optional*): The norm at the start of the ramp, interpolated linearly to `p` at its end.
             Must be below 2 with a target.
         lp_lambda (`float`, *optional*): Strength of the decay, ``>= 0``, in the paper's convention; the authors' code
             has ``p * lambda`` in its place.
@@ -30,8 +30,8 @@ class LpDecayConfig:
             rises from zero over the ramp: `"linear"` or `"cubic"` (fast at first). With a target the strength is
             planned instead.
         post_step (`bool`, *optional*, defaults to `False`): Take a weight's size after AdamW's step, not before it.
-        s_rate (`float`, *optional*, defaults to `1.0`): The s-dynamics: what the decay divides by follows
-            ``r ** (2 - p)`` with this rate, in (0, 1], instead of at once. Below 1 it costs a state tensor.
+        s_rate (`float`, *optional*, defaults to `1.0`): The paper's s-dynamics: the decay divides by an average of
+            ``r ** (2 - p)`` with this rate, in (0, 1], instead of its present value. Below 1 it costs a state tensor.
         target_sparsity (`float`, *optional*): Fraction of the selected weights that shall be zero, in (0, 1).
         target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): Which modules take part, as PEFT
             spells it: a list of name suffixes, a string that is a regular expression for the whole name, or
@@ -39,40 +39,40 @@ class LpDecayConfig:
             an embedding that is tied to a head which is named: take `importance="activation"` then, since the others
             take the rows of rare tokens as a whole, from which no gradient recovers.
         exclude_modules (`list[str]` or `str`, *optional*): Which of them do not, spelt alike.
-        pattern (`str`, *optional*, defaults to `"unstructured"`): Who competes with whom for being zero: every weight
-            for itself; `"n:m"`, such as `"2:4"`: n of any m consecutive weights along the input features survive, which
-            says the target as well; `"block:RxC"`: tiles of R output and C input features are zero as one;
-            `"neurons"`: the rows and the column of a feed-forward's hidden unit are; `"heads"`: the rows and columns
-            of an attention head are, or those of a key/value group and its heads; `"rank"`: a row of LoRA's A and the
-            column of its B are. The target is then the fraction of the neurons or heads of each layer, or of the
-            ranks. All but the first need a target.
+        pattern (`str`, *optional*, defaults to `"unstructured"`): What is pruned: single weights; `"n:m"`, such as
+            `"2:4"`: n of any m consecutive weights along the input features remain, which implies the target;
+            `"block:RxC"`: tiles of R output and C input features; `"neurons"`: the rows and the column of a
+            feed-forward's hidden unit; `"heads"`: the rows and columns of an attention head, or those of a key/value
+            group and its query heads; `"rank"`: a row of LoRA's A and the column of its B. The target is then the
+            fraction of the tiles, of the neurons or heads of each layer, or of the ranks. All but the first need a
+            target.
         scope (`str`, *optional*, defaults to `"layer"`): `"layer"` makes every tensor equally sparse, `"global"` ranks
             all weights together. Only matters with a target.
-        importance (`str`, *optional*): What "small" means. `"magnitude"` is ``|w|``; `"adam"` is ``|w|`` times the
-            root of AdamW's second moment, factored over rows and columns; `"activation"` is ``|w|`` times the root
-            mean square of its input feature in the batches before the ramp (as in Wanda). Defaults to `"adam"` with
-            a target and `"magnitude"` (the paper's, and the only choice) without.
-        trim (`bool`, *optional*): Decay only the weights that are due before the next plan, so that the survivors are
-            not shrunk. Defaults to `True` with a target; impossible without.
-        hard_cut (`bool`, *optional*, defaults to `False`): Do not decay what is due, but set it to zero at each plan,
-            as gradual magnitude pruning does; importance, pattern, schedule and compensation stay. It is what
-            ``p -> -inf`` comes to, so that `p`, `p_start`, `post_step`, `s_rate` and `trim` have no say. Impossible
-            without a target.
-        compensate (`bool`, *optional*): Until the next plan, move the weights that survive to where their layer's
-            output changes least while those that are due become zero: optimal brain surgeon's step, from the input
-            features of the last 5 steps before the plan. In the ramp this costs a copy of the selected weights, and
+        importance (`str`, *optional*): The score by which weights are pruned. `"magnitude"` is ``|w|``; `"adam"` is
+            ``|w|`` times the root of AdamW's second moment, factored over rows and columns; `"activation"` is ``|w|``
+            times the root mean square of its input feature in the batches before the ramp (as in Wanda). Defaults to
+            `"adam"` with a target and `"magnitude"` (the paper's, and the only choice) without.
+        trim (`bool`, *optional*): Decay only the weights that the schedule prunes by the next plan, so that the
+            remaining weights do not shrink. Defaults to `True` with a target; impossible without.
+        hard_cut (`bool`, *optional*, defaults to `False`): Set the weights of each plan to zero at once instead of
+            decaying them, as gradual magnitude pruning does; importance, pattern, schedule and compensation stay. It
+            is the limit ``p -> -inf``, so that `p`, `p_start`, `post_step`, `s_rate` and `trim` have no effect.
+            Impossible without a target.
+        compensate (`bool`, *optional*): Update the remaining weights so that their layer's output changes least while
+            others are pruned: optimal brain surgeon's update, with the Hessian of the input features of the last 5
+            steps before the plan. In the ramp this costs a copy of the selected weights, and
             ``4 * d * min(d, 2048)`` bytes for each input of ``d`` features. Defaults to `True` with a target, except
             under DeepSpeed, where it is impossible, and `torch.compile`, where it has the model compiled several times;
             impossible without a target.
-        calibration_batches (`int`, *optional*, defaults to 0): Batches that are looked at before training begins,
-            without a step: their gradients by the `"adam"` importance, their features by the `"activation"` importance
-            and by `compensate`. The ramp can then begin with the training. Otherwise it waits for the learning rate to
-            warm up, and for 5 steps where the importance must see some batches.
+        calibration_batches (`int`, *optional*, defaults to 0): Calibration batches, passed through the model before
+            the first step: their gradients serve the `"adam"` importance, their features the `"activation"` importance
+            and `compensate`. The ramp can then begin with the training. Otherwise it begins after the learning rate's
+            warm-up, and not before step 5 where the importance needs some batches.
         ramp_start (`float`, *optional*, defaults to `0.0`): Where the ramp starts, as a fraction of all steps. Only
             matters with a target or a schedule.
         ramp_end (`float`, *optional*, defaults to `0.7`): Where the ramp ends, as a fraction of all steps. In a short
             run a pattern such as 2:4 ends better with 0.1, `calibration_batches` and `importance="activation"`.
-        num_plans (`int`, *optional*, defaults to `20`): How often in the ramp the strength is planned anew.
+        num_plans (`int`, *optional*, defaults to `20`): Number of plans (pruning steps) in the ramp.
         freeze_zeros (`bool`, *optional*, defaults to `False`): Keep every weight that is exactly zero at zero, from
             the start.
         distill (`str`, *optional*): A dense teacher: `"self"` for the model as it was before the training, or the name
@@ -109,27 +109,29 @@ class LpDecayConfig:
     )
     pattern: str = field(
         default="unstructured",
-        metadata={"help": "What is zero as one: 'unstructured', 'n:m', 'block:RxC', 'neurons', 'heads' or 'rank'."},
+        metadata={"help": "What is pruned: 'unstructured', 'n:m', 'block:RxC', 'neurons', 'heads' or 'rank'."},
     )
     scope: Literal["layer", "global"] = field(
         default="layer", metadata={"help": "Whether each tensor or all of them together meet the target."}
     )
     importance: Literal["adam", "activation", "magnitude"] | None = field(
-        default=None, metadata={"help": "What small means. Defaults to 'adam' with a target, else 'magnitude'."}
+        default=None,
+        metadata={"help": "Score by which weights are pruned. Defaults to 'adam' with a target, else 'magnitude'."},
     )
     trim: bool | None = field(
-        default=None, metadata={"help": "Exempt the weights that are not due. Defaults to True with a target."}
+        default=None, metadata={"help": "Decay only the weights that are pruned next. Defaults to True with a target."}
     )
-    hard_cut: bool = field(default=False, metadata={"help": "Set what is due to zero at once instead of decaying it."})
+    hard_cut: bool = field(default=False, metadata={"help": "Set weights to zero at once instead of decaying them."})
     compensate: bool | None = field(
-        default=None, metadata={"help": "Let survivors make up for what goes. Defaults to True with a target."}
+        default=None,
+        metadata={"help": "Update the remaining weights at each plan. Defaults to True with a target."},
     )
     calibration_batches: int = field(
-        default=0, metadata={"help": "Batches that importance and compensation look at before training begins."}
+        default=0, metadata={"help": "Calibration batches for importance and compensation, before the first step."}
     )
     ramp_start: float = field(default=0.0, metadata={"help": "Start of the ramp, as a fraction of all steps."})
     ramp_end: float = field(default=0.7, metadata={"help": "End of the ramp, as a fraction of all steps."})
-    num_plans: int = field(default=20, metadata={"help": "How often in the ramp the strength is planned anew."})
+    num_plans: int = field(default=20, metadata={"help": "Number of plans (pruning steps) in the ramp."})
     freeze_zeros: bool = field(default=False, metadata={"help": "Keep every exact zero at zero from the start."})
 
     distill: str | None = field(default=None, metadata={"help": "A dense teacher: 'self', or a model's name or path."})
@@ -258,8 +260,9 @@ class LpDecayConfig:
         self.trim = True if self.trim is None else self.trim
         if self.calibration_batches and self.importance == "magnitude" and self.compensate is False:
             raise ValueError(
-                f"calibration_batches={self.calibration_batches} tells importance='adam', importance='activation' or"
-                " compensate something: with importance='magnitude' and compensate=False leave it out."
+                f"calibration_batches={self.calibration_batches} is used by importance='adam',"
+                " importance='activation' and compensate: leave it out with importance='magnitude' and"
+                " compensate=False."
             )
         if self.lp_lambda_schedule != "constant":
             raise ValueError(

@@ -83,7 +83,7 @@ class Naive:
 
 
 class Planner:
-    """Not a step but a plan, which a run makes every so many steps: what of all matrices is due to be zero next."""
+    """A plan instead of a step, which a run makes every so many steps: thresholds and strengths of all matrices."""
 
     def __init__(self, params: list[Tensor], scope: str):
         config = LpDecayConfig(p=0.5, target_sparsity=0.5, scope=scope)

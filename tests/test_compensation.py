@@ -1,4 +1,4 @@
-"""What survives makes up for what becomes zero: against an exact solution in float64, through a whole run."""
+"""Weight updates of the remaining weights: against an exact solution in float64, through a whole run."""
 
 import math
 import subprocess
@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from hf_lpdecay import LpDecayConfig, measure_sparsity
 from hf_lpdecay.sparsity import Compensation, compensation, input_dims, participants
-from hf_lpdecay.sparsity.compensation import DAMPING, MAX_TOKENS, block_size, compensated, some
+from hf_lpdecay.sparsity.compensation import DAMPING, MAX_TOKENS, block_size, reconstruct, sample_tokens
 
 
 def problem(rows, blocks, size, seed, share=0.5):
@@ -21,8 +21,8 @@ def problem(rows, blocks, size, seed, share=0.5):
     mix = torch.randn(size, size, generator=generator)
     features = torch.randn(blocks, 4 * size, size, generator=generator) @ mix
     weight = torch.randn(rows, blocks * size, generator=generator)
-    gone = torch.rand(weight.shape, generator=generator) < share
-    return weight, gone, features.transpose(1, 2) @ features
+    pruned = torch.rand(weight.shape, generator=generator) < share
+    return weight, pruned, features.transpose(1, 2) @ features
 
 
 def damped(gram):
@@ -31,10 +31,10 @@ def damped(gram):
     return torch.block_diag(*(one + DAMPING * m * torch.eye(len(one)) for one, m in zip(gram, mean)))
 
 
-def exact(weight, gone, gram):
-    """The slow twin: one row at a time, by solving for what survives."""
+def exact(weight, pruned, gram):
+    """The slow twin: one row at a time, by solving for the remaining weights."""
     hessian, result = damped(gram), torch.zeros(weight.shape, dtype=torch.float64)
-    for row, (values, mask) in enumerate(zip(weight.double(), gone)):
+    for row, (values, mask) in enumerate(zip(weight.double(), pruned)):
         keep = ~mask
         if keep.any():
             result[row, keep] = torch.linalg.solve(hessian[keep][:, keep], (hessian @ values)[keep])
@@ -48,10 +48,10 @@ def error(found, weight, gram):
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_with_enough_iterations_it_is_the_exact_solution(monkeypatch, blocks):
-    weight, gone, gram = problem(8, blocks, 12, seed=0)
+    weight, pruned, gram = problem(8, blocks, 12, seed=0)
     monkeypatch.setattr(compensation, "ITERATIONS", 40)
-    found = compensated(weight, gone, gram)
-    torch.testing.assert_close(found.double(), exact(weight, gone, gram), rtol=1e-3, atol=1e-4)
+    found = reconstruct(weight, pruned, gram)
+    torch.testing.assert_close(found.double(), exact(weight, pruned, gram), rtol=1e-3, atol=1e-4)
 
 
 @given(
@@ -59,10 +59,10 @@ def test_with_enough_iterations_it_is_the_exact_solution(monkeypatch, blocks):
     share=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
 )  # fmt: skip
 def test_it_never_does_worse_than_leaving_the_others_alone(rows, blocks, size, seed, share):
-    weight, gone, gram = problem(rows, blocks, size, seed, share)
-    found = compensated(weight, gone, gram)
-    assert not found[gone].any()
-    alone, best = error(weight * ~gone, weight, gram), error(exact(weight, gone, gram), weight, gram)
+    weight, pruned, gram = problem(rows, blocks, size, seed, share)
+    found = reconstruct(weight, pruned, gram)
+    assert not found[pruned].any()
+    alone, best = error(weight * ~pruned, weight, gram), error(exact(weight, pruned, gram), weight, gram)
     ours = error(found, weight, gram)
     assert (ours <= alone * (1 + 1e-4) + 1e-4).all()
     assert (ours >= best * (1 - 1e-4) - 1e-4).all()
@@ -71,28 +71,28 @@ def test_it_never_does_worse_than_leaving_the_others_alone(rows, blocks, size, s
 
 
 def test_nothing_was_heard_and_dead_features():
-    weight, gone, gram = problem(4, 1, 6, seed=1)
-    assert torch.equal(compensated(weight, gone, torch.zeros_like(gram)), weight * ~gone)
+    weight, pruned, gram = problem(4, 1, 6, seed=1)
+    assert torch.equal(reconstruct(weight, pruned, torch.zeros_like(gram)), weight * ~pruned)
     gram[:, 2], gram[:, :, 2] = 0, 0  # a feature that is always zero
-    assert compensated(weight, gone, gram).isfinite().all()
+    assert reconstruct(weight, pruned, gram).isfinite().all()
 
 
 def test_a_few_iterations_find_most_of_it():
-    weight, gone, gram = problem(64, 1, 48, seed=2)
-    alone, best = (error(x, weight, gram).sum() for x in (weight * ~gone, exact(weight, gone, gram)))
-    assert error(compensated(weight, gone, gram), weight, gram).sum() - best < 0.2 * (alone - best)
+    weight, pruned, gram = problem(64, 1, 48, seed=2)
+    alone, best = (error(x, weight, gram).sum() for x in (weight * ~pruned, exact(weight, pruned, gram)))
+    assert error(reconstruct(weight, pruned, gram), weight, gram).sum() - best < 0.2 * (alone - best)
 
 
 def test_a_few_directions_that_hold_most_of_the_features_do_not_slow_it_down():
     """As in language models; with a diagonal preconditioner it ends 70 % above the best."""
-    weight, gone, _ = problem(64, 1, 128, seed=3)
+    weight, pruned, _ = problem(64, 1, 128, seed=3)
     generator = torch.Generator().manual_seed(3)
     strengths = torch.logspace(2, 0, 8)
     features = torch.randn(1, 512, 8, generator=generator) * strengths @ torch.randn(8, 128, generator=generator)
     features += torch.randn(1, 512, 128, generator=generator)
     gram = features.transpose(1, 2) @ features
-    best = error(exact(weight, gone, gram), weight, gram).sum()
-    assert error(compensated(weight, gone, gram), weight, gram).sum() < 1.02 * best
+    best = error(exact(weight, pruned, gram), weight, gram).sum()
+    assert error(reconstruct(weight, pruned, gram), weight, gram).sum() < 1.02 * best
 
 
 def test_many_features_are_divided_into_equal_blocks():
@@ -106,7 +106,7 @@ def test_what_is_heard_are_the_products_of_the_input_features(make):
     config = LpDecayConfig(target_sparsity=0.5)
     params, dims = participants(model, config), input_dims(model)
     optimizer = torch.optim.SGD(params.values())
-    heard = Compensation(model, {param: dims.get(name, 1) for name, param in params.items()}, optimizer)
+    updates = Compensation(model, {param: dims.get(name, 1) for name, param in params.items()}, optimizer)
     weights = {id(param): name for name, param in params.items()}
     expected, handles = {}, []
     for module in model.modules():
@@ -129,56 +129,56 @@ def test_what_is_heard_are_the_products_of_the_input_features(make):
     grams = [optimizer.state[param]["lp_gram"] for param in params.values()]
     if make is tiny_llama:  # what queries, keys and values read is one, and what gate and up read
         assert len({gram.data_ptr() for gram in grams}) == 4 * model.config.num_hidden_layers
-    heard.finish()
+    updates.finish()
     assert not any(optimizer.state[param] for param in params.values())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_what_was_made_up_for_is_not_made_up_for_again(dim):
-    weight, gone, gram = problem(8, 1, 12, seed=3)
+    weight, pruned, gram = problem(8, 1, 12, seed=3)
     layer = torch.nn.Module()
     layer.weight = torch.nn.Parameter(weight.t().clone() if dim == 0 else weight.clone())
     optimizer = torch.optim.SGD(layer.parameters())
-    heard = Compensation(layer, {layer.weight: dim}, optimizer)
+    updates = Compensation(layer, {layer.weight: dim}, optimizer)
     optimizer.state[layer.weight]["lp_gram"] = gram
-    nothing = torch.zeros_like(gone)
-    masks = (gone.t(), nothing.t()) if dim == 0 else (gone, nothing)
-    heard.apply(layer.weight, *masks)
+    nothing = torch.zeros_like(pruned)
+    masks = (pruned.t(), nothing.t()) if dim == 0 else (pruned, nothing)
+    updates.apply(layer.weight, *masks)
     moved = layer.weight.detach().t() if dim == 0 else layer.weight.detach()
-    torch.testing.assert_close(moved, torch.where(gone, weight, compensated(weight, gone, gram)))
-    assert error(moved * ~gone, weight, gram).sum() < 0.5 * error(weight * ~gone, weight, gram).sum()
+    torch.testing.assert_close(moved, torch.where(pruned, weight, reconstruct(weight, pruned, gram)))
+    assert error(moved * ~pruned, weight, gram).sum() < 0.5 * error(weight * ~pruned, weight, gram).sum()
     once = layer.weight.detach().clone()
-    heard.apply(layer.weight, masks[0], masks[0])
+    updates.apply(layer.weight, masks[0], masks[0])
     torch.testing.assert_close(layer.weight.detach(), once, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_move_is_spread_over_the_steps_in_which_the_others_decay(dtype):
-    weight, gone, gram = problem(8, 2, 12, seed=4)
+    weight, pruned, gram = problem(8, 2, 12, seed=4)
     layer = torch.nn.Module()
     layer.weight = torch.nn.Parameter(weight.to(dtype))
     start = layer.weight.detach().clone()
     optimizer = torch.optim.SGD(layer.parameters())
-    heard = Compensation(layer, {layer.weight: 1}, optimizer)
+    updates = Compensation(layer, {layer.weight: 1}, optimizer)
     optimizer.state[layer.weight]["lp_gram"] = gram
-    heard.apply(layer.weight, gone, torch.zeros_like(gone), gradually=True)
-    end = torch.where(gone, start.float(), compensated(start, gone, gram))
+    updates.apply(layer.weight, pruned, torch.zeros_like(pruned), gradually=True)
+    end = torch.where(pruned, start.float(), reconstruct(start, pruned, gram))
     made = 0.0
     for share in (0.0, 0.5, 0.3, 0.2):
-        heard.advance(layer.weight, share)
+        updates.advance(layer.weight, share)
         # What is less than float32 cannot be moved by so little: it moves at once.
         made = made + share if dtype == torch.float32 else 1.0
         expected = start.float().lerp(end, made)
         torch.testing.assert_close(layer.weight.detach().float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-    heard.apply(layer.weight, gone, torch.zeros_like(gone), gradually=True)
+    updates.apply(layer.weight, pruned, torch.zeros_like(pruned), gradually=True)
     with torch.no_grad():
         layer.weight[0] = 0.0
-    heard.advance(layer.weight, 1.0)
+    updates.advance(layer.weight, 1.0)
     assert not layer.weight[0].any()  # zero stays zero
-    heard.apply(layer.weight, gone, gone)  # nothing is left of the last plan
+    updates.apply(layer.weight, pruned, pruned)  # nothing is left of the last plan
     moved = layer.weight.detach().clone()
-    heard.advance(layer.weight, 1.0)
+    updates.advance(layer.weight, 1.0)
     assert torch.equal(layer.weight, moved)
 
 
@@ -199,7 +199,7 @@ def test_survivors_move_as_far_as_the_others_have_decayed(trim):
     """With a learning rate that warms up within a plan, in whose first step nothing decays."""
     model = tiny_llama()
     params, optimizer, controller = controlled(0.5, model=model, trim=trim, num_plans=2, ramp_end=0.5)
-    heard = controller._compensation = Shares(model, dict.fromkeys(params.values(), 1), optimizer)
+    updates = controller._compensation = Shares(model, dict.fromkeys(params.values(), 1), optimizer)
     rates = [0.0] * controller.ramp.start + [1e-3 * share for share in (0.0, 0.2, 0.4, 0.6, 0.8)] + [1e-3] * 30
     for step in range(1, controller.ramp.end + 1):
         optimizer.param_groups[0]["lr"] = rates[step - 1]
@@ -208,22 +208,22 @@ def test_survivors_move_as_far_as_the_others_have_decayed(trim):
         optimizer.step()
         controller.after_step(step, lambda first, last, step=step: [rates[step + first : step + last]])
     plan = (controller.ramp.end - controller.ramp.start) // controller.ramp.plans
-    for shares in heard.of.values():
+    for shares in updates.of.values():
         assert len(shares) == 2 * plan and min(shares) >= 0 and shares[0] == 0
         assert [sum(shares[:plan]), sum(shares[plan:])] == pytest.approx([1, 1])
         assert shares[1] < shares[2] < shares[3]
 
 
 @given(more=st.integers(1, 10_000), length=st.sampled_from([1, 2, 128, 512, 2048]))
-def test_of_many_tokens_some_are_heard_from_all_positions(more, length):
+def test_samples_of_many_tokens_are_from_all_positions(more, length):
     count = MAX_TOKENS + more
-    heard = some(torch.arange(count)[:, None])[:, 0].sort().values
-    assert len(heard.unique()) == MAX_TOKENS
-    gaps = torch.cat([heard[:1] + 1, heard.diff(), count - heard[-1:]])
+    samples = sample_tokens(torch.arange(count)[:, None])[:, 0].sort().values
+    assert len(samples.unique()) == MAX_TOKENS
+    gaps = torch.cat([samples[:1] + 1, samples.diff(), count - samples[-1:]])
     assert gaps.max() <= 2 * count / MAX_TOKENS + 1  # evenly
-    first = (heard % length == 0).float().mean().item()  # such as the first of each text, which has features of its own
+    first = (samples % length == 0).float().mean().item()  # such as each text's first
     assert first == pytest.approx(len(range(0, count, length)) / count, rel=0.5, abs=0.002)
-    assert torch.equal(some(heard[:, None]), heard[:, None])
+    assert torch.equal(sample_tokens(samples[:, None]), samples[:, None])
 
 
 def test_of_many_tokens_the_products_are_estimated():
@@ -315,12 +315,12 @@ def test_a_head_that_is_tied_to_the_embedding_can_be_compensated(tmp_path):
     assert model.get_input_embeddings().weight is model.lm_head.weight
     with pytest.raises(ValueError, match="end in: down_proj, gate_proj"):  # not an embedding that stands alone
         measure_sparsity(tiny_llama(tie_word_embeddings=False), ["embed_tokens"])
-    heard = Compensation(model, {model.lm_head.weight: 1}, optimizer := torch.optim.SGD(model.parameters()))
+    updates = Compensation(model, {model.lm_head.weight: 1}, optimizer := torch.optim.SGD(model.parameters()))
     features = model.train().model(torch.arange(3, 9)[None]).last_hidden_state.detach().double()[0]
     model.lm_head(features.float())
     gram = optimizer.state[model.lm_head.weight]["lp_gram"][0]
     torch.testing.assert_close(gram.double(), features.T @ features, rtol=1e-4, atol=1e-4)
-    heard.finish()
+    updates.finish()
 
 
 PLACEMENTS = """

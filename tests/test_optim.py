@@ -153,13 +153,13 @@ def test_small_weights_become_exactly_zero_when_the_closed_form_says():
     lp_lambda = size ** (2 - p) / ((2 - p) * lr * steps)
     param = torch.nn.Parameter(torch.tensor([size, -size, 3 * size]))
     optimizer = LpAdamW([param], lr=lr, p=p, lp_lambda=lp_lambda)
-    gone = None
+    collapsed = None
     for step in range(1, 400):
         param.grad = torch.zeros_like(param)
         optimizer.step()
-        if gone is None and (param[:2] == 0).all():
-            gone = step
-    assert steps * 0.95 < gone < steps * 1.1
+        if collapsed is None and (param[:2] == 0).all():
+            collapsed = step
+    assert steps * 0.95 < collapsed < steps * 1.1
     # Under decay alone |w| ** (2 - p) falls by the same amount for every weight.
     assert param[2].item() == pytest.approx(((3 * size) ** 1.5 - size**1.5 * 399 / steps) ** (1 / 1.5), rel=2e-2)
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from hf_lpdecay import LpAdamW, LpDecayConfig, measure_sparsity
 from hf_lpdecay.sparsity import Ramp, calibrate
 from hf_lpdecay.sparsity import controller as controller_module
-from hf_lpdecay.sparsity.schedule import between, decayed, strength
+from hf_lpdecay.sparsity.schedule import decayed, strength, trim_threshold
 
 
 EQUAL = [(1e-3,) * steps for steps in (1, 2, 3, 10, 150)]
@@ -50,10 +50,10 @@ def test_a_size_decays_as_the_optimizer_says(size, p, lr, lp_lambda):
     assert decayed(size, p, lr * lp_lambda) == pytest.approx(param.item(), rel=1e-9, abs=1e-200)
 
 
-def test_the_threshold_sinks_between_what_is_due_and_what_is_not():
-    assert between(0.05, 0.05) == 0.05 and between(0.0, 0.0) == 0.0
-    assert between(0.04, 0.01) == pytest.approx(0.02)  # as far from the one as from the other
-    assert between(0.04, 0.0) == between(0.04, 1e-9) == 0.04 / 32
+def test_the_threshold_follows_the_decaying_weights_down():
+    assert trim_threshold(0.05, 0.05) == 0.05 and trim_threshold(0.0, 0.0) == 0.0
+    assert trim_threshold(0.04, 0.01) == pytest.approx(0.02)  # as far from the one as from the other
+    assert trim_threshold(0.04, 0.0) == trim_threshold(0.04, 1e-9) == 0.04 / 32
 
 
 @pytest.mark.parametrize("p", [-1.0, 0.0, 0.5, 1.5])
@@ -65,7 +65,7 @@ def test_what_is_due_stays_below_the_sinking_threshold_and_the_rest_above(p, rat
     optimizer = LpAdamW([param], p=p, lp_lambda=lp_lambda)
     edge, thresholds = size, []
     for rate in rates:
-        thresholds.append(between(size, edge))
+        thresholds.append(trim_threshold(size, edge))
         optimizer.state[param]["lp_threshold"] = thresholds[-1]
         assert param[0] < thresholds[-1]
         optimizer.param_groups[0]["lr"] = rate
@@ -85,7 +85,7 @@ RATES = {"constant": lambda step: 1e-3, "warm-up": lambda step: 2e-3 * min(1.0, 
 @pytest.mark.parametrize("sinks", [True, False])
 def test_what_is_due_goes_and_no_more_although_the_weights_move(sinks, rate, monkeypatch):
     if not sinks:
-        monkeypatch.setattr(controller_module, "between", lambda planned, edge: planned)
+        monkeypatch.setattr(controller_module, "trim_threshold", lambda planned, edge: planned)
     params, optimizer, controller = controlled(0.7, num_plans=4, ramp_end=0.9)
     ahead = []
     generator = torch.Generator().manual_seed(0)
@@ -96,8 +96,8 @@ def test_what_is_due_goes_and_no_more_although_the_weights_move(sinks, rate, mon
         optimizer.step()
         if step > controller.ramp.start and controller.ramp.next_plan(step) is not None:
             states = [(param, optimizer.state[param]["lp_threshold"]) for param in params.values()]
-            gone = [((param == 0) | (controller._size(param) < due)).sum().item() for param, due in states]
-            ahead.append(sum(gone) / sum(param.numel() for param in params.values()) - controller.ramp.sparsity(step))
+            pruned = [((param == 0) | (controller._score(param) < edge)).sum().item() for param, edge in states]
+            ahead.append(sum(pruned) / sum(param.numel() for param in params.values()) - controller.ramp.sparsity(step))
         controller.after_step(step, lambda first, last, now=step: [[rate(now + i) for i in range(first, last)]])
     assert len(ahead) == 3 and min(ahead) > -0.01 and (max(ahead) < 0.002) == sinks
 

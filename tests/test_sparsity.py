@@ -164,11 +164,11 @@ def test_a_hard_cut_follows_the_cubic_schedule_exactly(scope, importance):
         optimizer.step()
         controller.after_step(step, constant(1e-3))
         if step == controller.ramp.end or controller.ramp.next_plan(step) is not None:
-            due, counts = controller.ramp.sparsity(step), zeros(params)
+            scheduled, counts = controller.ramp.sparsity(step), zeros(params)
             if scope == "global":
-                assert sum(counts.values()) == round(due * total)
+                assert sum(counts.values()) == round(scheduled * total)
             else:
-                assert counts == {name: round(due * param.numel()) for name, param in params.items()}
+                assert counts == {name: round(scheduled * param.numel()) for name, param in params.items()}
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "neurons", "2:4"])
@@ -321,7 +321,7 @@ def test_plot_is_a_picture_with_and_without_a_course(tmp_path):
         ({"lp_lambda": 0.1, "calibration_batches": 2}, "calibration_batches=2 needs a target_sparsity"),
         (
             {"target_sparsity": 0.5, "importance": "magnitude", "compensate": False, "calibration_batches": 2},
-            "calibration_batches=2 tells .* with importance='magnitude' and compensate=False leave it out",
+            "calibration_batches=2 is used by .* leave it out with importance='magnitude'",
         ),
         ({"target_sparsity": 0.5, "pattern": "neurons", "scope": "global"}, "pattern='neurons' with scope='global'"),
         ({"pattern": "heads", "freeze_zeros": True}, "pattern='heads' needs a target_sparsity"),

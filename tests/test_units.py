@@ -72,10 +72,10 @@ def test_rows_and_columns_of_a_unit_belong_together(name, pattern):
     without = copy.deepcopy(model)
     params = dict(without.named_parameters())
     for units in found:
-        gone = torch.zeros(units.count)
-        gone[::2] = 1.0
+        pruned = torch.zeros(units.count)
+        pruned[::2] = 1.0
         for part in units.slices[-1:]:
-            part.of(params[part.name].data, units.count)[gone > 0] = 0.0
+            part.of(params[part.name].data, units.count)[pruned > 0] = 0.0
     columns_only = outputs(without)
     assert not torch.allclose(columns_only, reference, atol=1e-2)
     for units in found:
@@ -118,7 +118,7 @@ def test_the_size_of_a_unit_is_the_root_mean_square_of_its_weights():
     (units, _) = find_units(tiny_llama(), "neurons")
     gate, up, down = (part.param.detach() for part in units.slices)
     by_hand = torch.stack([torch.cat([gate[i], up[i], down[:, i]]).double().square().mean().sqrt() for i in range(64)])
-    torch.testing.assert_close(units.size(lambda param: param.detach().abs()).double(), by_hand)
+    torch.testing.assert_close(units.score(lambda param: param.detach().abs()).double(), by_hand)
     for param, values in units.spread(torch.arange(64.0)):
         assert torch.equal(
             values.expand(param.shape)[:, 5] if param is units.slices[-1].param else values[5],

@@ -10,7 +10,7 @@
 // No headers but the C library's, so that compiling takes a fraction of a second.
 
 #if defined(__GNUC__) && !defined(__clang__)
-// Threaded jumps would give weights that are not due a path of their own, and with it every weight a second division.
+// Threaded jumps would give exempt weights a path of their own, and with it every weight a second division.
 #pragma GCC optimize("no-thread-jumps")
 #endif
 
@@ -121,14 +121,14 @@ static void update(const Task& task, int64_t begin, int64_t end, float row, cons
         bool zero = size <= t.frozen;
         if (FACTORS || POST_STEP) zero |= r <= t.absorbed;  // otherwise size is r, and frozen the larger of the two
         // Of what becomes zero anyway x can be so large that its inverse is subnormal, which takes many times as long.
-        bool due = r < t.threshold && !zero;
-        float over = due ? x : 1.0f;
+        bool decays = r < t.threshold && !zero;
+        float over = decays ? x : 1.0f;
         if (ALONE || POST_STEP) {
-            w_hat *= (due ? numerator : 1.0f) / over;
+            w_hat *= (decays ? numerator : 1.0f) / over;
         } else {  // one division for both quotients; nothing is rounded where there is nothing to do
             float inverse = 1.0f / (d * over);
             w_hat -= t.step_size * (m * (inverse * over));
-            w_hat *= due ? numerator * (NORM == 4 ? 1.0f : inverse * d) : 1.0f;
+            w_hat *= decays ? numerator * (NORM == 4 ? 1.0f : inverse * d) : 1.0f;
         }
         w_hat = zero ? 0.0f : w_hat;
         uint32_t bits = sizeof(WEIGHT) == 2 ? hash((uint32_t)i + t.seed) : 0;

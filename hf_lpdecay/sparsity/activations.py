@@ -1,4 +1,4 @@
-"""Mean squares of the input features of linear layers, gathered while a model trains."""
+"""Mean squares of the input features of linear layers, collected while a model trains."""
 
 from collections.abc import Callable
 
@@ -23,10 +23,10 @@ class ActivationStatistics:
     def __init__(self, model: nn.Module, params: list[Tensor], optimizer: torch.optim.Optimizer):
         self._state = optimizer.state
         self._params = params
-        self._handles = on_inputs(model, params, self._add)
+        self._handles = hook_inputs(model, params, self._collect)
 
     @torch.no_grad()
-    def _add(self, weight: Tensor, features: Tensor) -> None:
+    def _collect(self, weight: Tensor, features: Tensor) -> None:
         features = features.detach().flatten(0, -2).float()
         state = self._state[weight]
         total = features.square().sum(0)
@@ -34,7 +34,7 @@ class ActivationStatistics:
         state["lp_feature_count"] = len(features) + state.get("lp_feature_count", 0)
 
     def finish(self) -> None:
-        """Stop gathering, and put together what the processes have gathered."""
+        """Remove the hooks, and sum over all processes."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -44,10 +44,10 @@ class ActivationStatistics:
                 torch.distributed.all_reduce(self._state[param]["lp_feature_sq"])
 
 
-def on_inputs(
+def hook_inputs(
     model: nn.Module, params: list[Tensor], callback: Callable[[Tensor, Tensor], None]
 ) -> list[RemovableHandle]:
-    """Have a function called with each weight and the features that its layer reads, in training only.
+    """Call a function with each weight and the input features of its layer, in training mode only.
 
     Args:
         model (`nn.Module`): Holds the layers.
@@ -55,14 +55,14 @@ def on_inputs(
         callback (`Callable`): Called before the layer computes.
 
     Returns:
-        `list[RemovableHandle]`: To end it with.
+        `list[RemovableHandle]`: The hooks.
     """
     selected = {id(param) for param in params}
 
     def hook_of(weight: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        # The weight as the optimizer knows it: in the forward pass FSDP2 puts another one into the module.
+        # The weight in the optimizer: in the forward pass FSDP2 puts another one into the module.
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if module.training and inputs:  # evaluation data has no say in what is kept
+            if module.training and inputs:  # evaluation data must not decide what is pruned
                 callback(weight, inputs[0])
 
         return hook
@@ -70,6 +70,6 @@ def on_inputs(
     return [
         module.register_forward_pre_hook(hook_of(module.weight))
         for module in model.modules()
-        # An embedding that is tied to the head reads no features.
+        # An embedding that is tied to the head has no input features.
         if id(getattr(module, "weight", None)) in selected and not isinstance(module, nn.Embedding)
     ]

@@ -1,4 +1,4 @@
-"""A look at a few batches before the first step, so that the first plan knows something."""
+"""Calibration: batches that are passed through the model before the first step, for importance and compensation."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -20,11 +20,11 @@ def calibrate(
     gradients: bool = True,
     show_progress: bool = True,
 ) -> None:
-    """Show a few batches to the model, without a step: to the hooks that listen to it, and to the importance.
+    """Pass calibration batches through the model, without a step: for the hooks on it, and for the importance.
 
     The squared gradients are averaged over rows and columns and written as `lp_row_sq` (n, 1) and `lp_col_sq` (1, m)
-    into the optimizer's state, averaged over all processes. The random numbers of the training that follows are not
-    touched.
+    into the optimizer's state, averaged over all processes. The state of the random number
+    generators is restored.
 
     Args:
         model (`nn.Module`): Returns a loss for a batch.

@@ -1,4 +1,4 @@
-"""Drives the decay to a target: how strongly it acts, on what, and the exact cut at the end."""
+"""Drives the decay to a target sparsity: strength, threshold and pruning masks, and the exact cut at the end."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from .compensation import Compensation
 from .importance import importance_from_activations, importance_from_adam, importance_from_calibration
 from .patterns import parse_pattern
 from .quantiles import histogram, kth_smallest, lower_edges
-from .schedule import MIN_IMPORTANCE_STEPS, Ramp, between, decayed, norm, strength
+from .schedule import MIN_IMPORTANCE_STEPS, Ramp, decayed, norm, strength, trim_threshold
 from .sharding import before_mine, groups_of, is_sharded, placed_like, summed, summed_rows
 from .units import Units
 
@@ -30,16 +30,16 @@ _PLAN = (
 class SparsityController:
     """Drives selected parameters of an [`~hf_lpdecay.LpAdamW`] to a target sparsity.
 
-    Every few steps it plans, for each tensor: how many weights are due to be zero at the next plan, the size ``q``
-    below which they lie, and the strength that takes a weight of that size to zero by then. Under decay alone
-    ``r ** (2 - p)`` falls by ``(2 - p) * lambda * lr`` in a step, so with ``A`` the learning rate summed until then,
-    ``lambda = q ** (2 - p) / ((2 - p) * A)``; for a few large steps [`~.schedule.strength`] has the exact number. If
-    `trim` is set, all but the weights below ``q`` are exempt; until the next plan the threshold sinks with them, so
-    that no other weight gets into their number. From the first plan on, what is zero stays zero. With `hard_cut` each
-    plan cuts what is due by then, and nothing decays.
+    Every few steps it makes a plan for each tensor: how many weights the schedule prunes by the next plan, the
+    threshold ``q`` of the score ``r`` (``|w|`` times the importance) below which they lie, and the strength that decays
+    a weight of score ``q`` to zero by then. Under decay alone ``r ** (2 - p)`` falls by ``(2 - p) * lambda * lr`` in a
+    step, so with ``A`` the summed learning rate, ``lambda = q ** (2 - p) / ((2 - p) * A)``; for a few large steps
+    [`~.schedule.strength`] is exact. With `trim`, weights of a score of ``q`` and above are exempt from the decay;
+    until the next plan the threshold follows the decaying weights down, so that no other weight falls below it. From
+    the first plan on, zeros stay zero. With `hard_cut` each plan sets the weights below ``q`` to zero instead.
 
-    The plan lives in the optimizer's state, and what has been done so far in the weights' own zeros, so that the
-    optimizer's and the model's checkpoints hold everything that a resumed run needs.
+    The plan is kept in the optimizer's state, and the pruning mask in the weights' own zeros, so that the optimizer's
+    and the model's checkpoints hold everything that a resumed run needs.
 
     Args:
         config (`LpDecayConfig`): With a `target_sparsity`.
@@ -48,9 +48,9 @@ class SparsityController:
         ramp (`Ramp`): The schedule.
         input_dims (`dict[str, int]`, *optional*): For each parameter the dimension of the input features, if it is
             not 1 (as in GPT-2's `Conv1D`).
-        units (`list[Units]`, *optional*): What is zero as one with the patterns `"neurons"` and `"heads"`; they
-            consist of `params`.
-        compensation (`Compensation`, *optional*): What lets the survivors make up for what becomes zero.
+        units (`list[Units]`, *optional*): The neurons, heads or ranks that are pruned as a whole; they consist of
+            `params`.
+        compensation (`Compensation`, *optional*): Updates the remaining weights while others are pruned.
 
     Raises:
         ValueError: If a parameter's shape does not fit the pattern.
@@ -82,63 +82,63 @@ class SparsityController:
                     f"pattern={config.pattern!r} needs {self.pattern.rows(self._dims[param])} rows of {name} in one"
                     " process, but its rows are spread over several: train with DDP, or take another pattern."
                 )
-        # Who is ranked together: all, or each tensor or the units of each feed-forward, attention or adapter.
-        competitors: list[Tensor | Units] = self._units or list(params.values())
-        self._pools = [competitors] if config.scope == "global" else [[one] for one in competitors]
+        # What is ranked together: everything, or each tensor or the units of each feed-forward, attention or adapter.
+        ranked: list[Tensor | Units] = self._units or list(params.values())
+        self._pools = [ranked] if config.scope == "global" else [[one] for one in ranked]
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Tell the optimizer how large each unit is now, which no weight shows by itself."""
+        """Give the optimizer the score of each unit, which a weight alone does not have."""
         for units in self._units:
             if any("lp_lambda" in self.optimizer.state[param] for param in units.params):
-                for param, size in units.spread(units.size(self._size)):
+                for param, size in units.spread(units.score(self._score)):
                     self.optimizer.state[param]["lp_size"] = placed_like(size, param)
 
     @torch.no_grad()
     def after_step(self, step: int, learning_rates: Callable[[int, int], list[list[float]]]) -> None:
-        """Plan or cut, if it is time.
+        """Plan or cut, if the schedule has a plan at this step.
 
         Args:
             step (`int`): Optimizer steps taken so far.
             learning_rates (`Callable[[int, int], list[list[float]]]`): For each of the optimizer's groups the learning
-                rates from one step to another, which is not included, where 0 is the next step.
+                rates from one step to another (exclusive), where 0 is the next step.
         """
         following = self.ramp.next_plan(step)
-        due = following is not None or step == self.ramp.end
+        planning = following is not None or step == self.ramp.end
         if self.ramp.start < step <= self.ramp.end:
-            self._follow(learning_rates(-1, 0), due)
-        if self._compensation is not None and due:
-            self._compensation.gather()
+            self._track_decay(learning_rates(-1, 0), planning)
+        if self._compensation is not None and planning:
+            self._compensation.all_reduce()
         if step == self.ramp.end:
             self._finish()
         elif following is not None:
-            self._weigh(step)
+            self._update_importance(step)
             if self.config.hard_cut:
                 self.cut(self.ramp.sparsity(step))
             else:
                 self._plan(step, following, learning_rates(0, following - step))
-        self._listen(step)
+        self._set_collecting(step)
 
     @torch.no_grad()
     def resume(self, step: int, learning_rates: Callable[[int, int], list[list[float]]]) -> None:
         """Plan anew where a checkpoint does not hold the plan: that of sharded parameters.
 
-        Nor does it hold what compensation has heard: it moves nothing again now, and starts to listen anew.
+        Nor does it hold the Hessians: they are collected anew, and there is no update before the next plan.
 
         Args:
             step (`int`): Optimizer steps taken before.
             learning_rates (`Callable[[int, int], list[list[float]]]`): See [`after_step`].
 
         Raises:
-            ValueError: If the importance was gathered in a part of the run that lies behind.
+            ValueError: If the importance was collected earlier in the run.
         """
-        self._listen(step)
+        self._set_collecting(step)
         if not any(is_sharded(param) for param in self.params.values()):
             return
         if self.config.importance == "activation" and step > self.ramp.start:
             raise ValueError(
-                f"importance='activation' was gathered before step {self.ramp.start}, and a checkpoint of sharded"
-                " parameters does not hold it: start anew, or train with importance='adam' or with DDP."
+                f"importance='activation' was collected before step {self.ramp.start}, and a checkpoint of sharded"
+                " parameters does not hold it: start a new run, or train with importance='adam' or with DDP."
             )
         for param in self.params.values():
             state = self.optimizer.state[param]
@@ -146,47 +146,47 @@ class SparsityController:
                 del state[name]
         following = self.ramp.following(step)
         if following is not None:
-            self._weigh(step)
+            self._update_importance(step)
             if not self.config.hard_cut:
                 self._plan(step, following, learning_rates(0, following - step))
 
-    def _listen(self, step: int) -> None:
-        """Look at the features in the last steps before each plan, no longer."""
+    def _set_collecting(self, step: int) -> None:
+        """Collect the Hessians in the last steps before each plan only."""
         if self._compensation is not None:
-            due = self.ramp.start if step < self.ramp.start else self.ramp.following(step)
-            self._compensation.listening = due is not None and due - step <= MIN_IMPORTANCE_STEPS
+            plan = self.ramp.start if step < self.ramp.start else self.ramp.following(step)
+            self._compensation.collecting = plan is not None and plan - step <= MIN_IMPORTANCE_STEPS
 
     def lp_lambda(self) -> float:
-        """The strength that is planned now, averaged over the selected weights."""
+        """The planned strength, averaged over the selected weights."""
         state = self.optimizer.state
         sizes = {param: self._numel(param) for param in self.params.values()}
         return sum(state[param].get("lp_lambda", 0.0) * size for param, size in sizes.items()) / sum(sizes.values())
 
-    def _weigh(self, step: int) -> None:
-        """Bring the importance up to date."""
+    def _update_importance(self, step: int) -> None:
         state, together = self.optimizer.state, self.config.scope == "global" or bool(self._units)
         if self.config.importance == "adam":
             early = self.config.calibration_batches and step < MIN_IMPORTANCE_STEPS
-            weigh = importance_from_calibration if early else importance_from_adam
-            weigh(list(self.params.values()), state, together)
+            update = importance_from_calibration if early else importance_from_adam
+            update(list(self.params.values()), state, together)
         elif self.config.importance == "activation" and step == self.ramp.start:
             importance_from_activations(self._dims, state, together)
 
     def _plan(self, step: int, following: int, learning_rates: list[list[float]]) -> None:
         sparsity, p = self.ramp.sparsity(following), norm(self.config, self.ramp.progress(step))
-        counts = torch.stack([sum(histogram(size) for size in self._sizes(pool)) for pool in self._pools])
-        counts = summed_rows(counts, [self._groups(pool) for pool in self._pools])
+        counts = torch.stack([sum(histogram(score) for score in self._scores(pool)) for pool in self._pools])
+        counts = summed_rows(counts, [self._process_groups(pool) for pool in self._pools])
         edges = lower_edges(counts, [max(1, self._count(pool, sparsity)) for pool in self._pools])
         thresholds = {param: edge for pool, edge in zip(self._pools, edges) for param in self._params_of(pool)}
         self._freeze_zeros()
         if self._compensation is not None:
             for pool, edge in zip(self._pools, edges):
-                for param, gone, before in self._going(pool, (size < edge for size in self._sizes(pool))):
-                    self._compensation.apply(param, gone, before, gradually=True)
+                masks = (score < edge for score in self._scores(pool))
+                for param, pruned, already_pruned in self._pruning_masks(pool, masks):
+                    self._compensation.apply(param, pruned, already_pruned, gradually=True)
         for group, rates in zip(self.optimizer.param_groups, learning_rates):
             if self.config.trim:
                 lp_lambda = strength(p, tuple(rates))
-            else:  # the survivors shrink as well: there the strength stays that of many small steps
+            else:  # all weights shrink: there the strength stays that of many small steps
                 lp_lambda = 1.0 / ((2 - p) * sum(rates)) if sum(rates) > 0 else 0.0
             for param in self._selected(group):
                 group["p"] = p
@@ -200,39 +200,38 @@ class SparsityController:
                 if self.config.trim:
                     state["lp_threshold"] = threshold
 
-    def _follow(self, learning_rates: list[list[float]], due: bool) -> None:
-        """Follow what is due to where the last step took it: compensation moves as far as it has decayed, and the
-        threshold sinks to where nothing but it is below. What else comes near, by learning or by compensation, stays.
-        """
+    def _track_decay(self, learning_rates: list[list[float]], planning: bool) -> None:
+        """Track how far the last step has decayed the weights below the threshold: apply the same share of the
+        compensation, and lower the threshold, so that weights which come near it otherwise are not pruned."""
         for group, (rate,) in zip(self.optimizer.param_groups, learning_rates):
             for param in self._selected(group):
                 state = self.optimizer.state[param]
                 if "lp_planned" not in state:
                     continue
-                planned, before, p = state["lp_planned"], state["lp_edge"], group["p"]
-                state["lp_edge"] = edge = decayed(before, p, rate * state["lp_lambda"])
+                planned, last, p = state["lp_planned"], state["lp_edge"], group["p"]
+                state["lp_edge"] = edge = decayed(last, p, rate * state["lp_lambda"])
                 if self._compensation is not None and planned > 0:
-                    # As r ** (2 - p) does; the rest now, if the next plan is.
-                    left = (before / planned) ** (2 - p)
-                    self._compensation.advance(param, left if due else left - (edge / planned) ** (2 - p))
-                if self.config.trim and self.config.s_rate == 1:  # otherwise it lags behind
-                    state["lp_threshold"] = between(planned, edge)
+                    # In proportion to r ** (2 - p); the rest of it at the next plan.
+                    left = (last / planned) ** (2 - p)
+                    self._compensation.advance(param, left if planning else left - (edge / planned) ** (2 - p))
+                if self.config.trim and self.config.s_rate == 1:  # otherwise the decay lags behind
+                    state["lp_threshold"] = trim_threshold(planned, edge)
 
     def cut(self, sparsity: float) -> None:
-        """Set exactly the smallest weights to zero, as many as `sparsity` says, and freeze all zeros.
+        """Set exactly the weights of the smallest scores to zero, and freeze all zeros.
 
         Args:
-            sparsity (`float`): Fraction of each tensor, of all of them together with `scope="global"`, or of the units
-                of each feed-forward or attention.
+            sparsity (`float`): Fraction of zeros in each tensor, in all of them together with `scope="global"`, or of
+                the units of each feed-forward or attention.
         """
         for pool in self._pools:
             count = self._count(pool, sparsity)
             if count == 0:
                 continue
-            for param, gone, before in self._going(pool, self._smallest(pool, count)):
+            for param, pruned, already_pruned in self._pruning_masks(pool, self._smallest(pool, count)):
                 if self._compensation is not None:
-                    self._compensation.apply(param, gone, before)
-                local(param).masked_fill_(gone, 0.0)
+                    self._compensation.apply(param, pruned, already_pruned)
+                local(param).masked_fill_(pruned, 0.0)
         self._freeze_zeros()
 
     def _freeze_zeros(self) -> None:
@@ -262,56 +261,62 @@ class SparsityController:
     def _params_of(self, pool: list[Tensor | Units]) -> list[Tensor]:
         return [param for units in pool for param in units.params] if self._units else pool
 
-    def _going(self, pool: list[Tensor | Units], masks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Each weight of a pool, which of its elements go with the weights or units that do, and which of them were due
-        at the last plan already: what is here of it."""
-        for one, mask, size in zip(pool, masks, self._sizes(pool)):
+    def _pruning_masks(
+        self, pool: list[Tensor | Units], masks: Iterable[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Each weight of a pool, its pruning mask, and that of the last plan: this process's part of them.
+
+        Args:
+            pool (`list[torch.Tensor | Units]`): What is ranked together.
+            masks (`Iterable[torch.Tensor]`): Which weights or units of each are pruned.
+        """
+        for one, mask, score in zip(pool, masks, self._scores(pool)):
             first = one.params[0] if isinstance(one, Units) else one
-            before = size < self.optimizer.state[first].get("lp_threshold", 0.0)
+            already = score < self.optimizer.state[first].get("lp_threshold", 0.0)
             if isinstance(one, Units):
-                for (param, gone), (_, due) in zip(one.spread(mask.float()), one.spread(before.float())):
-                    yield param, local(placed_like(gone, param)) > 0, local(placed_like(due, param)) > 0
+                for (param, pruned), (_, earlier) in zip(one.spread(mask.float()), one.spread(already.float())):
+                    yield param, local(placed_like(pruned, param)) > 0, local(placed_like(earlier, param)) > 0
             else:
-                yield one, mask, before
+                yield one, mask, already
 
-    def _sizes(self, pool: list[Tensor | Units]) -> Iterator[Tensor]:
-        """`r` of all that are ranked together, one tensor at a time; of weights, this process's pieces."""
+    def _scores(self, pool: list[Tensor | Units]) -> Iterator[Tensor]:
+        """The scores `r` of what is ranked together, one tensor at a time; of weights, this process's part."""
         for one in pool:
-            size = one.size(self._size) if isinstance(one, Units) else local(self._size(one))
-            yield size.to(torch.float32)
+            score = one.score(self._score) if isinstance(one, Units) else local(self._score(one))
+            yield score.to(torch.float32)
 
-    def _size(self, param: Tensor) -> Tensor:
-        """`r`, what the plan ranks and the decay acts on: a new tensor, shaped and placed like `param`."""
+    def _score(self, param: Tensor) -> Tensor:
+        """The scores `r` that the plan ranks and the decay acts on: a new tensor, shaped and placed like `param`."""
         state = self.optimizer.state[param]
-        size = param.detach().abs().to(torch.promote_types(param.dtype, torch.float32))
+        score = param.detach().abs().to(torch.promote_types(param.dtype, torch.float32))
         if "lp_row" in state:
-            size.mul_(state["lp_row"]).mul_(state["lp_col"])
+            score.mul_(state["lp_row"]).mul_(state["lp_col"])
         if self.pattern.spec is None:
-            return size
-        return structured_size(local(size), self.pattern.spec, self._dims[param])
+            return score
+        return structured_size(local(score), self.pattern.spec, self._dims[param])
 
     def _smallest(self, pool: list[Tensor | Units], count: int) -> Iterator[Tensor]:
         """Masks of exactly the `count` smallest of a pool, at least one; among equals the first ones are taken."""
-        groups = self._groups(pool)
-        threshold, below = kth_smallest(lambda: self._sizes(pool), lambda counts: summed(counts, groups), count)
+        groups = self._process_groups(pool)
+        threshold, below = kth_smallest(lambda: self._scores(pool), lambda counts: summed(counts, groups), count)
         spare = count - below
-        equals = torch.stack([(size == threshold).sum() for size in self._sizes(pool)])
+        equals = torch.stack([(score == threshold).sum() for score in self._scores(pool)])
         before, total = before_mine(equals, groups)
         # Tensor by tensor, and piece by piece within each.
         first = (total.cumsum(0) - total + before).tolist()
-        for size, skip in zip(self._sizes(pool), first):
-            size = size.contiguous()
-            gone = size < threshold
-            equal = (size == threshold).view(-1).nonzero().view(-1)[: max(0, spare - skip)]
-            gone.view(-1)[equal] = True
-            yield gone
+        for score, skip in zip(self._scores(pool), first):
+            score = score.contiguous()
+            pruned = score < threshold
+            equal = (score == threshold).view(-1).nonzero().view(-1)[: max(0, spare - skip)]
+            pruned.view(-1)[equal] = True
+            yield pruned
 
     def _numel(self, param: Tensor) -> int:
-        """Of the whole parameter, whatever part of it is here."""
+        """Number of elements of the whole parameter, not only of this process's part."""
         return param.numel()
 
-    def _groups(self, pool: list[Tensor | Units]) -> list[torch.distributed.ProcessGroup]:
-        """The processes that count their own pieces; the sizes of units are everywhere the same."""
+    def _process_groups(self, pool: list[Tensor | Units]) -> list[torch.distributed.ProcessGroup]:
+        """The processes that count their own parts; the scores of units are the same in all of them."""
         return [] if self._units else groups_of(pool[0])
 
     def _selected(self, group: dict) -> list[Tensor]:

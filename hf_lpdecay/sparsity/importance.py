@@ -1,6 +1,6 @@
-"""What a weight does to the loss beside its size: factors ``h`` over the rows and columns of each tensor, r = |w| * h.
+"""Importance of weights: factors ``h`` over the rows and columns of each tensor, for the scores ``r = |w| * h``.
 
-Written as `lp_row` and `lp_col` into the optimizer's state, where plan and step find them.
+Kept as `lp_row` and `lp_col` in the optimizer's state, where plan and step read them.
 """
 
 from torch import Tensor
@@ -56,8 +56,8 @@ def importance_from_activations(dims: dict[Tensor, int], state: dict, together: 
 def write_factors(means: dict[Tensor, tuple[Tensor, Tensor]], state: dict, together: bool) -> None:
     """From the mean squares of rows (n, 1) and columns (1, m) to the factors.
 
-    The mean square that counts as 1 is each tensor's own or, where tensors are compared, that of all. Tensors of which
-    nothing has been seen yet go by their magnitude.
+    The factors are relative to the mean square of the tensor or, where tensors are compared, of all of them. Tensors
+    without statistics are ranked by magnitude.
 
     Args:
         means (`dict[torch.Tensor, tuple]`): Mean squares by weight.

@@ -17,9 +17,9 @@ DENSE, DECAY, SETTLE = "dense", "decay", "settle"
 MIN_RAMP_STEPS = 10
 # AdamW's second moment and the activations say little before a few batches have been seen.
 MIN_IMPORTANCE_STEPS = 5
-# From here on the steps are small enough to be taken for a flow.
+# With more steps than these, several are computed as one.
 _FEW_STEPS = 200
-# Halvings after which a weight counts as gone.
+# Halvings after which a weight counts as pruned: from there it collapses to zero.
 _COLLAPSE = 10
 
 
@@ -70,11 +70,11 @@ class Ramp:
         return DECAY if step < self.end else SETTLE
 
     def progress(self, step: int) -> float:
-        """How much of the ramp lies behind after `step` optimizer steps, from 0 to 1."""
+        """The share of the ramp that is done after `step` optimizer steps, from 0 to 1."""
         return min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
 
     def sparsity(self, step: int) -> float:
-        """The sparsity that is due after `step` optimizer steps: cubic (Zhu and Gupta, arXiv 1710.01878)."""
+        """The scheduled sparsity after `step` optimizer steps: cubic (Zhu and Gupta, arXiv 1710.01878)."""
         return self.target * cubic(self.progress(step))
 
     def next_plan(self, step: int) -> int | None:
@@ -91,7 +91,7 @@ class Ramp:
 
 
 def cubic(progress: float) -> float:
-    """``1 - (1 - progress) ** 3``: fast at first, when there is much that is not needed."""
+    """``1 - (1 - progress) ** 3``: fast at first, while many weights are redundant."""
     return 1.0 - (1.0 - progress) ** 3
 
 
@@ -104,7 +104,7 @@ def norm(config: "LpDecayConfig", progress: float) -> float:
 
 @functools.lru_cache(maxsize=16)  # groups mostly ask for the same one, and with ZeRO each weight has its own group
 def strength(p: float, rates: tuple[float, ...]) -> float:
-    """How strong the decay must be to take weights to zero in time.
+    """The strength that decays weights to zero within the given steps.
 
     Under decay alone ``x ** (2 - p)`` falls by ``(2 - p) * lr * lambda`` in a step, which makes
     ``lambda = q ** (2 - p) / ((2 - p) * A)`` with ``A`` the summed learning rate: so it is for many small steps. A few
@@ -146,15 +146,16 @@ def decayed(size: float, p: float, decay: float) -> float:
     return 2.0**log2_size if log2_size > -1000 else 0.0
 
 
-def between(planned: float, edge: float) -> float:
-    """How far up what is trimmed reaches in the course of a plan, so that what is not due stays out of its reach.
+def trim_threshold(planned: float, edge: float) -> float:
+    """The trimming threshold in the course of a plan: it follows the decaying weights down.
 
-    At first the decay takes all weights below a size. What was due is soon much smaller, and a weight that comes down
-    to that size later is another one. Half of what is between the two (on a logarithmic scale) is out of reach.
+    At first the decay acts on all weights below the planned threshold. Those weights soon are much smaller, so that a
+    weight which falls to the planned threshold later is another one and must not be pruned. The threshold in force is
+    half way between the planned one and the largest decaying weight, on a logarithmic scale.
 
     Args:
-        planned (`float`): The size below which all weights were due when the plan was made.
-        edge (`float`): What a weight of that size has come to by now, under decay alone.
+        planned (`float`): The threshold when the plan was made.
+        edge (`float`): What a weight of that score has decayed to by now, under decay alone.
 
     Returns:
         `float`: The threshold in force: from `planned` down to a 32nd of it.
@@ -163,7 +164,7 @@ def between(planned: float, edge: float) -> float:
 
 
 class PlainSchedule:
-    """Changes the norm and the strength of a decay without a target in the course of a run.
+    """Schedules the norm and the strength of a decay without a target.
 
     Args:
         config (`LpDecayConfig`): With an `lp_lambda`.
@@ -185,7 +186,7 @@ class PlainSchedule:
         self._start, self._end = (fraction * total_steps for fraction in (config.ramp_start, config.ramp_end))
 
     def after_step(self, step: int) -> None:
-        """Set what holds in the step after `step` optimizer steps."""
+        """Set norm and strength for the step after `step` optimizer steps."""
         progress = min(max((step - self._start) / (self._end - self._start), 0.0), 1.0)
         shares = {"constant": 1.0, "linear": progress, "cubic": cubic(progress)}
         lp_lambda = self.config.lp_lambda * shares[self.config.lp_lambda_schedule]

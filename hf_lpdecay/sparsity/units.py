@@ -58,11 +58,11 @@ class Units:
         """The weights, each once."""
         return list({id(part.param): part.param for part in self.slices}.values())
 
-    def size(self, size: Callable[[Tensor], Tensor]) -> Tensor:
-        """Root mean square of each unit's weights.
+    def score(self, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """Root mean square of the scores of each unit's weights.
 
         Args:
-            size (`Callable`): Returns the sizes of a weight's entries, shaped like the weight.
+            score (`Callable`): Returns the scores of a weight's entries, shaped like the weight.
 
         Returns:
             `torch.Tensor`: Shape (count,).
@@ -70,7 +70,7 @@ class Units:
         total, numel = 0.0, 0
         for param in self.params:
             parts = [part for part in self.slices if part.param is param]
-            along = whole(size(param).square_().sum(1 - parts[0].dim))
+            along = whole(score(param).square_().sum(1 - parts[0].dim))
             for part in parts:
                 total = total + along.narrow(0, part.start, self.count * part.width).view(self.count, -1).sum(1)
                 numel += part.width * param.shape[1 - part.dim]
@@ -264,10 +264,10 @@ def check_units(units: list[Units], selected: dict[str, Tensor], sparsity: float
                 f" {', '.join(left_out)} is not selected: widen target_modules, or leave out all of them with"
                 " exclude_modules."
             )
-        gone = round(sparsity * unit.count)
-        if not 0 < gone < unit.count:
+        pruned = round(sparsity * unit.count)
+        if not 0 < pruned < unit.count:
             raise ValueError(
-                f"target_sparsity={sparsity} of the {unit.count} {unit.name} would be {gone} of them: choose a target"
+                f"target_sparsity={sparsity} of the {unit.count} {unit.name} would be {pruned} of them: choose a target"
                 f" between {1 / unit.count:.3g} and {1 - 1 / unit.count:.3g}."
                 if unit.count > 1
                 else f"{unit.name}: there is only one, which cannot be left out. Take another pattern."

@@ -79,15 +79,15 @@ class ZeroController(SparsityController):
     def _numel(self, param: Tensor) -> int:
         return self._ranges[param].weight.numel()
 
-    def _groups(self, pool: list[Tensor]) -> list[torch.distributed.ProcessGroup]:
+    def _process_groups(self, pool: list[Tensor]) -> list[torch.distributed.ProcessGroup]:
         return [self._ranges[pool[0]].group]
 
-    def _size(self, param: Tensor) -> Tensor:
-        size = super()._size(param)
-        size[self._ranges[param].numel :] = math.inf  # what only fills up is never among the smallest
-        return size
+    def _score(self, param: Tensor) -> Tensor:
+        score = super()._score(param)
+        score[self._ranges[param].numel :] = math.inf  # padding is never among the smallest
+        return score
 
-    def _weigh(self, step: int) -> None:
+    def _update_importance(self, step: int) -> None:
         """As [`importance_from_adam`] does it, from the sums of all ranges over rows and columns."""
         state = self.optimizer.state
         seen = [one for one in self._ranges.values() if "exp_avg_sq" in state[one.partition]]
