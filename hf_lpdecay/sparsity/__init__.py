@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .checkpoint import measure_checkpoint, measure_folder
     from .compensation import Compensation
     from .controller import SparsityController
+    from .driver import SparsityDriver
     from .report import SparsityReport, measure_sparsity
     from .schedule import PlainSchedule, Ramp
     from .selection import input_dims, match_parameters, participants, select_parameters, selected_units
@@ -22,6 +23,7 @@ _MODULES = {
     "checkpoint": ("measure_checkpoint", "measure_folder"),
     "compensation": ("Compensation",),
     "controller": ("SparsityController",),
+    "driver": ("SparsityDriver",),
     "report": ("SparsityReport", "measure_sparsity"),
     "schedule": ("PlainSchedule", "Ramp"),
     "selection": ("input_dims", "match_parameters", "participants", "select_parameters", "selected_units"),
@@ -35,6 +37,7 @@ __all__ = [
     "PlainSchedule",
     "Ramp",
     "SparsityController",
+    "SparsityDriver",
     "SparsityReport",
     "Units",
     "calibrate",

@@ -21,14 +21,14 @@ class ActivationStatistics:
     """
 
     def __init__(self, model: nn.Module, params: list[Tensor], optimizer: torch.optim.Optimizer):
-        self._state = optimizer.state
+        self._optimizer = optimizer
         self._params = params
         self._handles = hook_inputs(model, params, self._collect)
 
     @torch.no_grad()
     def _collect(self, weight: Tensor, features: Tensor) -> None:
         features = features.detach().flatten(0, -2).float()
-        state = self._state[weight]
+        state = self._optimizer.state[weight]
         total = features.square().sum(0)
         state["lp_feature_sq"] = total + state["lp_feature_sq"] if "lp_feature_sq" in state else total
         state["lp_feature_count"] = len(features) + state.get("lp_feature_count", 0)
@@ -41,7 +41,7 @@ class ActivationStatistics:
         if several_processes():
             for param in self._params:
                 # Averaging is enough: the processes see equally many tokens, and only ratios count.
-                torch.distributed.all_reduce(self._state[param]["lp_feature_sq"])
+                torch.distributed.all_reduce(self._optimizer.state[param]["lp_feature_sq"])
 
 
 def hook_inputs(

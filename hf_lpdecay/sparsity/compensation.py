@@ -48,7 +48,7 @@ class Compensation:
         self.collecting = True
         # A process that holds parts of rows cannot solve for them: such weights get no update.
         self._dims = {param: dim for param, dim in dims.items() if has_whole_rows(param, dim)}
-        self._state = optimizer.state
+        self._optimizer = optimizer
         self._last: tuple[weakref.ref | None, Tensor | None] = (None, None)
         self._handles = hook_inputs(model, list(self._dims), self._collect)
 
@@ -56,7 +56,7 @@ class Compensation:
     def _collect(self, weight: Tensor, features: Tensor) -> None:
         if not self.collecting:
             return
-        state = self._state[weight]
+        state = self._optimizer.state[weight]
         last, gram = self._last
         shared = last is not None and last() is features
         # The same features were added for the last layer, unless this one has a Hessian of its own from a checkpoint.
@@ -80,7 +80,7 @@ class Compensation:
         self._last = (None, None)
         for param in self._dims:
             for name in ("lp_gram", "lp_move"):
-                self._state[param].pop(name, None)
+                self._optimizer.state[param].pop(name, None)
 
     def all_reduce(self) -> None:
         """Average the Hessians over all processes."""
@@ -89,14 +89,16 @@ class Compensation:
         params = list(self._dims)
         if not params:
             return
-        collected = torch.tensor([float("lp_gram" in self._state[param]) for param in params], device=params[0].device)
+        collected = torch.tensor(
+            [float("lp_gram" in self._optimizer.state[param]) for param in params], device=params[0].device
+        )
         torch.distributed.all_reduce(collected, torch.distributed.ReduceOp.MIN)
         grams = {}
         for param, everywhere in zip(params, collected.tolist()):
             if everywhere:
-                grams[id(self._state[param]["lp_gram"])] = self._state[param]["lp_gram"]
+                grams[id(self._optimizer.state[param]["lp_gram"])] = self._optimizer.state[param]["lp_gram"]
             else:  # an expert that got no token in one of them
-                self._state[param].pop("lp_gram", None)
+                self._optimizer.state[param].pop("lp_gram", None)
         for gram in grams.values():
             # The mean, since it is reduced again at the next plan together with later samples. Only ratios count.
             torch.distributed.all_reduce(gram)
@@ -105,8 +107,8 @@ class Compensation:
     @torch.no_grad()
     def advance(self, param: Tensor, share: float) -> None:
         """Apply a share of a weight's pending update; zeros stay zero."""
-        if "lp_move" in self._state.get(param, ()):
-            weight, move = local(param), local(self._state[param]["lp_move"])
+        if "lp_move" in self._optimizer.state.get(param, ()):
+            weight, move = local(param), local(self._optimizer.state[param]["lp_move"])
             weight.add_(move.masked_fill_(weight == 0, 0.0), alpha=share)
 
     @torch.no_grad()
@@ -121,7 +123,7 @@ class Compensation:
             gradually (`bool`, *optional*, defaults to `False`): Only store the update, for [`advance`] to apply.
                 Weights of less than float32, in which a share of it would be rounded away, are updated at once.
         """
-        state = self._state[param]
+        state = self._optimizer.state[param]
         state.pop("lp_move", None)
         if "lp_gram" not in state:  # no samples yet, as in a ramp that begins with the training
             return

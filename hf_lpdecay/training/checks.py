@@ -53,6 +53,16 @@ def check_sharding(state: AcceleratorState, config: LpDecayConfig) -> None:
         )
 
 
+def check_same_config(saved: dict[str, Any], config: LpDecayConfig) -> None:
+    """Raise where a checkpoint was trained with another config than the run that resumes it."""
+    changed = differences(saved, asdict(config), "now")
+    if changed:
+        raise ValueError(
+            f"This checkpoint was trained with {changed}. Resume with the same LpDecayConfig, or start a new run in"
+            " another output_dir."
+        )
+
+
 def differences(config: dict[str, Any], other: dict[str, Any], what: str) -> str:
     """How one config differs from another, in words; empty if it does not."""
     names = [name for name in other if config.get(name, other[name]) != other[name]]

@@ -154,7 +154,7 @@ class LpDecayMixin(WholeCheckpointsMixin):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log, with the state of the decay beside the training loss."""
         if "loss" in logs:
-            logs.update(self._sparsity_callback().metrics(self.state.global_step, self.optimizer))
+            logs.update(self._sparsity_callback().metrics())
             if self._distiller is not None:
                 logs["loss_task"], logs["loss_distill"] = (self._losses[:2] / self._losses[2]).tolist()
                 self._losses = torch.zeros(3, device=self.args.device)

@@ -63,14 +63,21 @@ class ZeroController(SparsityController):
     """A controller of the ranges that this process holds.
 
     Args:
-        config, args: As for a [`SparsityController`].
         ranges (`dict[str, WeightRange]`): From [`find_ranges`].
-        optimizer (`DeepSpeedZeroOptimizer`): DeepSpeed's, with the controller's inside.
+        config, params, args: As for a [`SparsityController`].
+        optimizer (`AcceleratedOptimizer`): Wraps DeepSpeed's, with the LpAdamW inside.
     """
 
-    def __init__(self, config: LpDecayConfig, ranges: dict[str, WeightRange], optimizer: Any, *args: Any):
-        self._ranges = {one.partition: one for one in ranges.values()}
-        super().__init__(config, {name: one.partition for name, one in ranges.items()}, optimizer, *args)
+    def __init__(
+        self,
+        ranges: dict[str, WeightRange],
+        config: LpDecayConfig,
+        params: dict[str, Tensor],
+        optimizer: AcceleratedOptimizer,
+        *args: Any,
+    ):
+        self._ranges = {ranges[name].partition: ranges[name] for name in params}
+        super().__init__(config, {name: ranges[name].partition for name in params}, optimizer.optimizer, *args)
 
     def cut(self, sparsity: float) -> None:
         super().cut(sparsity)

@@ -1,0 +1,221 @@
+"""`SparsityDriver`: one object that drives a run, from the calibration to the exact cut."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .activations import ActivationStatistics
+from .calibration import calibrate
+from .compensation import Compensation
+from .controller import SparsityController
+from .report import count_nonzero
+from .schedule import DECAY, DENSE, SETTLE, PlainSchedule, Ramp
+from .selection import input_dims, selected_units
+from .sharding import whole
+
+
+if TYPE_CHECKING:  # it checks its pattern with this room
+    from ..config import LpDecayConfig
+
+# Trackers take numbers.
+PHASE_NUMBERS = {DENSE: 0, DECAY: 1, SETTLE: 2}
+# For each of the optimizer's groups the learning rates from one step to another (exclusive), where 0 is the next step.
+LearningRates = Callable[[int, int], list[list[float]]]
+
+
+class SparsityDriver:
+    """Drives selected weights through a run: schedule, importance, compensation, decay and cut, and the metrics of it.
+
+    Whoever steps the optimizer calls [`start`] before the first step, [`before_step`] and [`after_step`] around each
+    one, and [`finish`] at the end.
+
+    Args:
+        config (`LpDecayConfig`): How the model is made sparse.
+        model (`nn.Module`): The model itself, without a wrapper such as DDP.
+        params (`dict[str, torch.Tensor]`): The selected parameters by name, see [`~.selection.participants`].
+        optimizer (`LpAdamW`): Steps them.
+        total_steps (`int`): Optimizer steps in the run.
+        warmup_steps (`int`, *optional*, defaults to 0): Steps in which the learning rate warms up.
+        step (`int`, *optional*, defaults to 0): Steps taken before, in a resumed run.
+        stepped (`dict[str, torch.Tensor]`, *optional*): The tensors that the optimizer steps in place of `params`.
+        compensate (`bool`, *optional*, defaults to `True`): Whether compensation is possible in this run, if `config`
+            does not decide on it.
+        make_controller (`Callable`, *optional*): Makes the controller, called like [`SparsityController`].
+
+    Raises:
+        ValueError: If the ramp is too short, or the pattern does not fit.
+    """
+
+    def __init__(
+        self,
+        config: "LpDecayConfig",
+        model: nn.Module,
+        params: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        warmup_steps: int = 0,
+        step: int = 0,
+        stepped: dict[str, Tensor] | None = None,
+        compensate: bool = True,
+        make_controller: Callable[..., SparsityController] = SparsityController,
+    ):
+        self.config = config
+        self.params = params
+        self.ramp: Ramp | None = None
+        self._optimizer = optimizer
+        self._model = model
+        self._stepped = stepped or params
+        self._step = step
+        self._compensates = compensate if config.compensate is None else config.compensate
+        self._controller: SparsityController | None = None
+        self._schedule: PlainSchedule | None = None
+        self._activations: ActivationStatistics | None = None
+        self._compensation: Compensation | None = None
+        if config.target_sparsity is None:
+            self._schedule = PlainSchedule(config, self._stepped, optimizer, total_steps)
+            return
+        self.ramp = Ramp.from_config(config, total_steps, warmup_steps)
+        units, dims = selected_units(model, config, params), input_dims(model)
+        if self._compensates and step < self.ramp.end:
+            inputs = {param: dims.get(name, 1) for name, param in params.items()}
+            self._compensation = Compensation(model, inputs, optimizer)
+        self._controller = make_controller(config, params, optimizer, self.ramp, dims, units, self._compensation)
+        calibrates = config.calibration_batches > 0 and step == 0
+        if config.importance == "activation" and (calibrates or step < self.ramp.start):
+            self._activations = ActivationStatistics(model, list(params.values()), optimizer)
+
+    def start(
+        self,
+        learning_rates: LearningRates,
+        batches: Iterable[dict[str, Any]] | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        """Calibrate and make the first plan in a new run, or go on with the plan of a resumed one.
+
+        Args:
+            learning_rates (`Callable[[int, int], list[list[float]]]`): For each of the optimizer's groups the learning
+                rates from one step to another (exclusive), where 0 is the next step.
+            batches (`Iterable[dict]`, *optional*): Training batches on the model's device, for calibration.
+            show_progress (`bool`, *optional*, defaults to `True`): Whether calibration shows a progress bar.
+
+        Raises:
+            ValueError: If there are no batches to calibrate with, if the optimizer has a decay of its own for
+                parameters that are not selected, or if a resumed run lacks what its checkpoint cannot hold.
+        """
+        if self._step:
+            if self._controller is not None:
+                self._controller.resume(self._step, learning_rates)
+            return
+        self._mark()
+        config = self.config
+        if config.calibration_batches:
+            params, gradients = list(self.params.values()), config.importance == "adam"
+            count = config.calibration_batches
+            calibrate(self._model, params, self._optimizer, batches or (), count, gradients, show_progress)
+        self.after_step(0, learning_rates)
+
+    def before_step(self) -> None:
+        """Call before each optimizer step."""
+        if self._controller is not None:
+            self._controller.before_step()
+
+    def after_step(self, step: int, learning_rates: LearningRates) -> None:
+        """Call after each optimizer step, and before a checkpoint of it is written: that holds the plan.
+
+        Args:
+            step (`int`): Optimizer steps taken so far.
+            learning_rates (`Callable`): See [`start`].
+        """
+        self._step = step
+        if self._schedule is not None:
+            self._schedule.after_step(step)
+        if self._controller is not None:
+            if step == self.ramp.start:
+                self._finish_activations()
+            self._controller.after_step(step, learning_rates)
+
+    def finish(self) -> None:
+        """Remove the hooks and free what only the ramp needs."""
+        self._finish_activations()
+        if self._compensation is not None:
+            self._compensation.finish()
+            self._compensation = None
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the run has a target and has not come to the end of its ramp."""
+        return self.ramp is not None and self._step < self.ramp.end
+
+    @torch.no_grad()
+    def sparsity(self) -> float:
+        """Exact zeros in the selected weights, as a fraction of them."""
+        nonzeros = torch.stack([whole(count_nonzero(param)) for param in self.params.values()]).sum().item()
+        return 1.0 - nonzeros / sum(param.numel() for param in self.params.values())
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the logs: `sparsity` of the selected weights, `lp_lambda` and `lp_phase` (0 dense, 1 decay,
+        2 settle)."""
+        if self._controller is None:
+            optimizer = self._optimizer
+            strengths = (
+                optimizer.state[param].get("lp_lambda", group["lp_lambda"])
+                for group in optimizer.param_groups
+                for param in group["params"]
+            )
+            lp_lambda, phase = max(strengths), DECAY
+        else:
+            lp_lambda, phase = self._controller.lp_lambda(), self.ramp.phase(self._step)
+        return {"sparsity": self.sparsity(), "lp_lambda": lp_lambda, "lp_phase": PHASE_NUMBERS[phase]}
+
+    def describe(self) -> str:
+        """One line for the start of a run: what becomes sparse, when and how, and which trained tensors do not."""
+        config, numel = self.config, sum(param.numel() for param in self.params.values())
+        trained = [(name, param.numel()) for name, param in self._model.named_parameters() if param.requires_grad]
+        others = [name for name, _ in trained if name not in self.params]
+        total = sum(size for _, size in trained)
+        if self.ramp is None:
+            plan = f"lp_lambda={config.lp_lambda:g} throughout"
+        else:
+            plan = (
+                f"to {config.target_sparsity:.1%} zeros ({config.pattern}) per"
+                f" {'layer' if config.scope == 'layer' else 'model'} from step {self.ramp.start} to {self.ramp.end},"
+                f" importance={config.importance},{'' if config.hard_cut else f' trim={config.trim},'}"
+                f" compensate={self._compensates}"
+            )
+        examples = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        what = "hard cut" if config.hard_cut else f"p-norm decay (p={config.p:g})"
+        return (
+            f"{what} on {len(self.params)} of {len(trained)} trained tensors, {numel:,} of"
+            f" {total:,} weights ({numel / total:.1%}), {plan}; not on {len(others)} others"
+            + (f" ({examples})." if others else ".")
+        )
+
+    def _finish_activations(self) -> None:
+        if self._activations is not None:
+            self._activations.finish()
+            self._activations = None
+
+    def _mark(self) -> None:
+        """Mark the selected parameters in groups that hold others too, such as those that a plain `Trainer` makes.
+
+        To split a group now would be too late: the scheduler and a checkpoint's optimizer state are fitted to it.
+        """
+        optimizer, config = self._optimizer, self.config
+        selected = {id(param) for param in self._stepped.values()}
+        for group in optimizer.param_groups:
+            chosen = [param for param in group["params"] if id(param) in selected]
+            if len(chosen) == len(group["params"]):
+                continue
+            for option in ("lp_lambda", "freeze_zeros"):
+                if group[option]:
+                    raise ValueError(
+                        f"LpAdamW was given {option}={group[option]} for all parameters, embeddings and biases too:"
+                        " leave it out, it is set where the LpDecayConfig says."
+                    )
+            if config.freeze_zeros:
+                for param in chosen:
+                    optimizer.state[param]["lp_freeze_zeros"] = True
+        for group in optimizer.param_groups:  # without a strength they do nothing
+            group.update(p=config.p, post_step=config.post_step, s_rate=config.s_rate)
