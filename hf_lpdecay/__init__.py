@@ -10,7 +10,14 @@ if TYPE_CHECKING:
     from .config import LpDecayConfig
     from .optim import LpAdamW, LpDecay
     from .sparsity import SparsityReport, measure_sparsity
-    from .training import LpDecayMixin, LpDecaySeq2SeqTrainer, LpDecayTrainer, SparsityCallback, merge_sparse
+    from .training import (
+        LpDecayMixin,
+        LpDecaySeq2SeqTrainer,
+        LpDecayTrainer,
+        Sparsifier,
+        SparsityCallback,
+        merge_sparse,
+    )
 
 _MODULES = {
     "artifacts": ("pack", "push_to_hub", "shrink", "to_semi_structured", "to_sparse_csr", "trim_rank", "unpack"),
@@ -18,7 +25,14 @@ _MODULES = {
     "evaluation": (),
     "optim": ("LpAdamW", "LpDecay"),
     "sparsity": ("SparsityReport", "measure_sparsity"),
-    "training": ("LpDecayMixin", "LpDecaySeq2SeqTrainer", "LpDecayTrainer", "SparsityCallback", "merge_sparse"),
+    "training": (
+        "LpDecayMixin",
+        "LpDecaySeq2SeqTrainer",
+        "LpDecayTrainer",
+        "Sparsifier",
+        "SparsityCallback",
+        "merge_sparse",
+    ),
 }
 __getattr__, __dir__ = attach(__name__, _MODULES)
 
@@ -29,6 +43,7 @@ __all__ = [
     "LpDecayMixin",
     "LpDecaySeq2SeqTrainer",
     "LpDecayTrainer",
+    "Sparsifier",
     "SparsityCallback",
     "SparsityReport",
     "measure_sparsity",

@@ -87,7 +87,7 @@ def test_a_resumed_run_goes_on_with_the_weights_it_chose(tmp_path):
 
 def test_what_cannot_be_driven_is_refused_before_the_first_step(tmp_path):
     for config, changes, message in (
-        (TARGET, {"optimizer": torch.optim.AdamW}, r"drives an LpAdamW, but the Trainer steps a AdamW.*LpAdamW, {'lr'"),
+        (TARGET, {"optimizer": torch.optim.AdamW}, r"drives an LpAdamW, but got a AdamW.*LpAdamW, {'lr'"),
         (TARGET, {"options": {"lp_lambda": 0.1}}, r"lp_lambda=0\.1 for all parameters"),
         (TARGET, {"options": {"freeze_zeros": True}}, "freeze_zeros=True for all parameters"),
         (TARGET, {"max_steps": 12}, "needs 10"),

@@ -33,11 +33,15 @@ class ActivationStatistics:
         state["lp_feature_sq"] = total + state["lp_feature_sq"] if "lp_feature_sq" in state else total
         state["lp_feature_count"] = len(features) + state.get("lp_feature_count", 0)
 
-    def finish(self) -> None:
-        """Remove the hooks, and sum over all processes."""
+    def remove_hooks(self) -> None:
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def finish(self) -> None:
+        """Remove the hooks, and sum over all processes."""
+        self.remove_hooks()
         if several_processes():
             for param in self._params:
                 # Averaging is enough: the processes see equally many tokens, and only ratios count.

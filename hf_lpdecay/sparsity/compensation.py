@@ -73,14 +73,18 @@ class Compensation:
 
     def finish(self) -> None:
         """Remove the hooks and free the Hessians."""
+        self.remove_hooks()
+        for param in self._dims:
+            for name in ("lp_gram", "lp_move"):
+                self._optimizer.state[param].pop(name, None)
+
+    def remove_hooks(self) -> None:
+        """Remove the hooks."""
         self.collecting = False  # a compiled model does not notice that its hooks were removed
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._last = (None, None)
-        for param in self._dims:
-            for name in ("lp_gram", "lp_move"):
-                self._optimizer.state[param].pop(name, None)
 
     def all_reduce(self) -> None:
         """Average the Hessians over all processes."""
@@ -89,16 +93,15 @@ class Compensation:
         params = list(self._dims)
         if not params:
             return
-        collected = torch.tensor(
-            [float("lp_gram" in self._optimizer.state[param]) for param in params], device=params[0].device
-        )
+        state, device = self._optimizer.state, params[0].device
+        collected = torch.tensor([float("lp_gram" in state[param]) for param in params], device=device)
         torch.distributed.all_reduce(collected, torch.distributed.ReduceOp.MIN)
         grams = {}
         for param, everywhere in zip(params, collected.tolist()):
             if everywhere:
-                grams[id(self._optimizer.state[param]["lp_gram"])] = self._optimizer.state[param]["lp_gram"]
+                grams[id(state[param]["lp_gram"])] = state[param]["lp_gram"]
             else:  # an expert that got no token in one of them
-                self._optimizer.state[param].pop("lp_gram", None)
+                state[param].pop("lp_gram", None)
         for gram in grams.values():
             # The mean, since it is reduced again at the next plan together with later samples. Only ratios count.
             torch.distributed.all_reduce(gram)

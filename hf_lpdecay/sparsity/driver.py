@@ -143,6 +143,12 @@ class SparsityDriver:
             self._compensation.finish()
             self._compensation = None
 
+    def remove_hooks(self) -> None:
+        """Remove the hooks, where another driver takes over what the optimizer's state holds."""
+        for collector in (self._activations, self._compensation):
+            if collector is not None:
+                collector.remove_hooks()
+
     @property
     def is_unfinished(self) -> bool:
         """Whether the run has a target and has not come to the end of its ramp."""

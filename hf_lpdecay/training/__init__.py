@@ -4,6 +4,7 @@ from .adapters import MergeCost, merge_cost, merge_sparse
 from .callbacks import SparsityCallback
 from .checkpoints import last_whole_checkpoint
 from .record import write_record
+from .sparsifier import Sparsifier
 from .trainer import LpDecayMixin, LpDecaySeq2SeqTrainer, LpDecayTrainer
 
 
@@ -12,6 +13,7 @@ __all__ = [
     "LpDecaySeq2SeqTrainer",
     "LpDecayTrainer",
     "MergeCost",
+    "Sparsifier",
     "SparsityCallback",
     "last_whole_checkpoint",
     "merge_cost",

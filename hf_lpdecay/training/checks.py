@@ -28,20 +28,26 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: LpDecayConfig) -> 
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
         inner = inner.optimizer
-    if not isinstance(inner, LpAdamW):
-        raise ValueError(
-            f"SparsityCallback drives an LpAdamW, but the Trainer steps a {type(inner).__name__}: give the Trainer"
-            " optimizer_cls_and_kwargs=(LpAdamW, {'lr': ...}), or use LpDecayTrainer."
-        )
+    cure = "give the Trainer optimizer_cls_and_kwargs=(LpAdamW, {'lr': ...}), or use LpDecayTrainer"
+    check_stepped(inner, "SparsityCallback", cure)
 
 
-def check_sharding(state: AcceleratorState, config: LpDecayConfig) -> None:
-    """Raise where a process holds pieces of the model that the decay cannot work on."""
+def check_stepped(optimizer: torch.optim.Optimizer, driver: str, cure: str) -> None:
+    """Raise where an optimizer has no p-norm decay to drive."""
+    if not isinstance(optimizer, LpAdamW):
+        raise ValueError(f"{driver} drives an LpAdamW, but got a {type(optimizer).__name__}: {cure}.")
+
+
+def check_sharding(state: AcceleratorState, config: LpDecayConfig, deepspeed: bool = True) -> None:
+    """Raise where a process holds parts of the model that the decay cannot work on; `deepspeed` says whether ZeRO is
+    possible at all."""
     kind, plugin = state.distributed_type, getattr(state, "fsdp_plugin", None)
     if plugin is not None and kind != DistributedType.FSDP:
         raise ValueError(
             f"FSDP was asked for, but accelerate has set up {kind.value}, as it does without a GPU: leave fsdp out."
         )
+    if kind == DistributedType.DEEPSPEED and not deepspeed:
+        raise ValueError("A Sparsifier does not support DeepSpeed: use LpDecayTrainer, or FSDP2.")
     if kind == DistributedType.DEEPSPEED:
         check_zero(state.deepspeed_plugin, config)
     fsdp1 = kind == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) != 2
