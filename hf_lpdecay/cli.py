@@ -203,7 +203,7 @@ def _shrink(options: argparse.Namespace) -> Result:
 
     from .artifacts import shrink
     from .artifacts.archive import written_whole
-    from .artifacts.card import read_record
+    from .card import read_record
     from .sparsity.checkpoint import model_class
     from .sparsity.report import RECORD_FILE, measure_sparsity
 

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from test_shrink import with_dead
 
 from hf_lpdecay import LpDecayConfig, cli, measure_sparsity
-from hf_lpdecay.artifacts.card import make_card, read_record
+from hf_lpdecay.card import make_card, read_record
 from hf_lpdecay.sparsity import select_parameters
 
 

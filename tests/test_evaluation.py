@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertForSequenceClassification
 
 from hf_lpdecay import measure_sparsity
-from hf_lpdecay.artifacts.card import make_card, read_record
+from hf_lpdecay.card import make_card, read_record
 from hf_lpdecay.evaluation import lm_eval_scores, perplexity, text_loss
 from hf_lpdecay.sparsity import select_parameters
 from hf_lpdecay.training.record import update_record

@@ -15,10 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx, validate_repo_id
 from transformers.utils import CONFIG_NAME, logging
 
+from ..card import CARD_FILE, is_hand_written, make_card, read_record, write_card
 from ..sparsity.checkpoint import measure_checkpoint, stored_tensors, weight_files
 from ..sparsity.report import RECORD_FILE, write_text
 from .archive import PICKLE_SUFFIXES
-from .card import CARD_FILE, is_hand_written, make_card, read_record, write_card
 
 
 logger = logging.get_logger(__name__)

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .report import TensorSparsity
-
 
 def plot_run(
-    tensors: Sequence["TensorSparsity"],
+    tensors: Sequence[Any],
     path: str | os.PathLike,
     log_history: Sequence[dict[str, Any]] = (),
     title: str = "",
 ) -> None:
-    """See [`SparsityReport.plot`]."""
+    """Draw the tensors of a [`SparsityReport`], see there."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -41,7 +39,7 @@ def save_figure(figure: "Figure", path: str | os.PathLike, dpi: int = 110) -> No
     os.replace(temporary, path)
 
 
-def _draw_tensors(figure, axes, selected: list["TensorSparsity"]) -> None:
+def _draw_tensors(figure, axes, selected: list[Any]) -> None:
     modules = list(dict.fromkeys(tensor.module for tensor in selected))
     layers = sorted({tensor.layer for tensor in selected if tensor.layer is not None}) or [None]
     grid = [[float("nan")] * len(layers) for _ in modules]

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .selection import Modules
 
-# Where a saved model keeps its report.
+# Where a saved model keeps its report, and the picture of it.
 RECORD_FILE = "sparsity.json"
+PICTURE_FILE = "sparsity.png"
 
 # Integers as long as the floating point numbers whose highest bit is the sign and whose zeros have no other bit set.
 _BITS = {

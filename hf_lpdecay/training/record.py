@@ -15,7 +15,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..sparsity import SparsityReport, measure_checkpoint, measure_folder
-from ..sparsity.report import RECORD_FILE
+from ..sparsity.report import PICTURE_FILE, RECORD_FILE
 
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-PICTURE_FILE = "sparsity.png"
 # What the Trainer logs beside the metrics of an evaluation.
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 

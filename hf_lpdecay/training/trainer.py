@@ -10,6 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
+from ..card import write_card
 from ..config import LpDecayConfig
 from ..optim import LpAdamW
 from ..sparsity import Ramp, participants
@@ -180,9 +181,6 @@ class LpDecayMixin(WholeCheckpointsMixin):
         # TRL asks for a card with every checkpoint, when the output folder does not hold the model yet.
         if not self.is_world_process_zero() or self.is_in_train:
             return
-        # Here, since artifacts builds on training and not the other way round.
-        from ..artifacts.card import write_card
-
         write_record(self, self.args.output_dir, **card_facts(facts))
         write_card(self.args.output_dir, self.hub_model_id, model_name)
 

@@ -12,8 +12,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from ..sparsity import SparsityReport
-from ..sparsity.report import RECORD_FILE, TensorSparsity, write_text
-from ..training.record import PICTURE_FILE
+from ..sparsity.report import PICTURE_FILE, RECORD_FILE, TensorSparsity, write_text
 from . import sections
 from .markdown import plain
 
