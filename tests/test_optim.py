@@ -301,3 +301,21 @@ def test_sparse_complex_and_a_missing_kernel_are_refused():
         LpAdamW([elsewhere], fused=True).step()
     with pytest.raises(ValueError, match="complex64"):
         LpAdamW([torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_no_weight_is_subnormal_on_its_way_to_zero(fused, dtype):
+    """A matrix product with one per cent of subnormal weights takes several times as long on most CPUs."""
+    tiny = torch.finfo(dtype).tiny
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(200, 50, generator=generator, dtype=torch.float64).mul_(1e-2).to(dtype))
+    optimizer = LpAdamW([param], lr=1e-3, p=0.5, lp_lambda=2e-2, fused=fused)
+    smallest = 1.0
+    for _ in range(20):
+        param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(dtype)
+        optimizer.step()
+        left = param.detach().abs()[param != 0]
+        assert left.min() >= tiny
+        smallest = min(smallest, left.min().item())
+    assert smallest < 1e-25 and 0 < (param == 0).sum() < param.numel()  # some came close

@@ -6,7 +6,7 @@ Reference: "Decoupled Weight Decay for Any p Norm", Outmezguine and Levi, arXiv 
     w_hat = w - alpha * u
     w_new = w_hat / (1 + alpha * lambda * r ** (p - 2))          r = |w|, or |w| times an importance
 
-Two variations that the authors name: `post_step` takes r from ``|w_hat|``, and s-dynamics puts ``1 / s`` in place of
+A result that is subnormal becomes zero at once. Two variations that the authors name: `post_step` takes r from ``|w_hat|``, and s-dynamics puts ``1 / s`` in place of
 ``r ** (p - 2)``, with an s that follows ``r ** (2 - p)``.
 """
 
@@ -253,7 +253,7 @@ def lp_decay_(
     pattern: str | None = None,
     dim: int = 1,
 ) -> None:
-    """The decay alone, in place: importance, pattern, trim test, division.
+    """The decay alone, in place: importance, pattern, trim test, division. A subnormal result becomes zero.
 
     Args:
         param (`torch.Tensor`): Weights after the step of the optimizer inside, float32 or float64.
@@ -273,6 +273,9 @@ def lp_decay_(
     if exempt is not None:
         denominator.masked_fill_(exempt, 1.0)
     param.div_(denominator)
+    # A model that computes with subnormal weights takes several times as long, and the next step makes them zero.
+    subnormal = param.abs() < torch.finfo(param.dtype).tiny
+    param.masked_fill_(subnormal.logical_and_(denominator > 1), 0.0)
 
 
 def random_bits(numel: int, seed: int, offset: int = 0, device: torch.device | str = "cpu") -> Tensor:

@@ -14,6 +14,7 @@
 #pragma GCC optimize("no-thread-jumps")
 #endif
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -130,6 +131,8 @@ static void update(const Task& task, int64_t begin, int64_t end, float row, cons
             w_hat -= t.step_size * (m * (inverse * over));
             w_hat *= decays ? numerator * (NORM == 4 ? 1.0f : inverse * d) : 1.0f;
         }
+        // A model that computes with subnormal weights takes several times as long, and the next step makes them zero.
+        zero |= decays & (fabsf(w_hat) < FLT_MIN);  // no branch, so that the loop is vectorized
         w_hat = zero ? 0.0f : w_hat;
         uint32_t bits = sizeof(WEIGHT) == 2 ? hash((uint32_t)i + t.seed) : 0;
         if (!ALONE) {

@@ -148,7 +148,10 @@ def update(
     power = tl.load(number + 7)
     exponent = tl.where(power == 0.0, 0.0, power * tl.log2(r)) + tl.load(number + 6)
     exempt = r >= tl.load(number + 8)
-    w_hat = tl.where(exempt, w_hat, w_hat / (1.0 + tl.exp2(exponent)))
+    decayed = w_hat / (1.0 + tl.exp2(exponent))
+    # A subnormal weight becomes zero, as in functional.lp_decay_.
+    decayed = tl.where(tl.abs(decayed) < 1.1754944e-38, 0.0, decayed)
+    w_hat = tl.where(exempt, w_hat, decayed)
     w_hat = tl.where(size <= tl.load(number + 9), 0.0, w_hat)
 
     random = _hash(lane.to(tl.uint32) + (start.to(tl.uint32) + tl.load(number.to(tl.pointer_type(tl.uint32)) + 10)))
