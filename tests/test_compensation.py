@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from hf_lpdecay import LpDecayConfig, measure_sparsity
-from hf_lpdecay.sparsity import Compensation, compensation, input_dims, participants
-from hf_lpdecay.sparsity.compensation import DAMPING, MAX_TOKENS, block_size, reconstruct, sample_tokens
+from hf_lpdecay.sparsity import Compensation, input_dims, participants, reconstruction
+from hf_lpdecay.sparsity.compensation import MAX_TOKENS, block_size, sample_tokens
+from hf_lpdecay.sparsity.reconstruction import DAMPING, reconstruct
 
 
 def problem(rows, blocks, size, seed, share=0.5):
@@ -49,7 +50,7 @@ def error(found, weight, gram):
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_with_enough_iterations_it_is_the_exact_solution(monkeypatch, blocks):
     weight, pruned, gram = problem(8, blocks, 12, seed=0)
-    monkeypatch.setattr(compensation, "ITERATIONS", 40)
+    monkeypatch.setattr(reconstruction, "ITERATIONS", 40)
     found = reconstruct(weight, pruned, gram)
     torch.testing.assert_close(found.double(), exact(weight, pruned, gram), rtol=1e-3, atol=1e-4)
 

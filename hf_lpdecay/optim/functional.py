@@ -6,8 +6,8 @@ Reference: "Decoupled Weight Decay for Any p Norm", Outmezguine and Levi, arXiv 
     w_hat = w - alpha * u
     w_new = w_hat / (1 + alpha * lambda * r ** (p - 2))          r = |w|, or |w| times an importance
 
-A result that is subnormal becomes zero at once. Two variations that the authors name: `post_step` takes r from ``|w_hat|``, and s-dynamics puts ``1 / s`` in place of
-``r ** (p - 2)``, with an s that follows ``r ** (2 - p)``.
+A subnormal result becomes zero at once. Two variations that the authors name: `post_step` takes r from ``|w_hat|``, and
+s-dynamics puts ``1 / s`` in place of ``r ** (p - 2)``, with an s that follows ``r ** (2 - p)``.
 """
 
 import math

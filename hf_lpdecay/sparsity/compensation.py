@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..optim.pieces import local
 from .activations import hook_inputs
+from .reconstruction import reconstruct
 from .sharding import has_whole_rows, several_processes
 
 
@@ -14,17 +15,6 @@ from .sharding import has_whole_rows, several_processes
 MAX_BLOCK = 2048
 # Calibration samples (tokens) of one forward pass, spread evenly over all of its tokens.
 MAX_TOKENS = 4096
-# Iterations of conjugate gradients. With the preconditioner three of them come within two or three per cent of the
-# exact solution, in most layers.
-ITERATIONS = 3
-# Eigenvectors in the preconditioner, and the subspace iterations that find them.
-RANK, SUBSPACE_ITERATIONS = 16, 4
-# Added to the diagonal, as a fraction of its mean (SparseGPT's).
-DAMPING = 0.01
-# Least mean of the eigenvalues of a matrix with a diagonal of ones, so that nothing divides by zero.
-MIN_REST = 1e-4
-# Elements per chunk of rows.
-_CHUNK = 1 << 22
 
 
 class Compensation:
@@ -138,11 +128,9 @@ class Compensation:
         already_pruned = already_pruned.expand(weight.shape)
         if self._dims[param] == 0:
             weight, move, pruned, already_pruned = weight.t(), move.t(), pruned.t(), already_pruned.t()
-        rows = max(1, _CHUNK // weight.shape[1])
-        for chunk, update, mask, done in zip(*(x.split(rows) for x in (weight, move, pruned, already_pruned))):
-            reference = chunk.masked_fill(done & mask, 0.0)
-            change = reconstruct(reference, mask, state["lp_gram"]) - reference.float()
-            update.add_(change.masked_fill_(mask, 0.0))
+        reference = weight.masked_fill(already_pruned & pruned, 0.0)
+        change = reconstruct(reference, pruned, state["lp_gram"]).sub_(reference)
+        move.add_(change.masked_fill_(pruned, 0.0))
 
 
 def sample_tokens(tokens: Tensor) -> Tensor:
@@ -159,88 +147,3 @@ def sample_tokens(tokens: Tensor) -> Tensor:
 def block_size(features: int) -> int:
     """Size of the Hessian's blocks: the largest divisor of the number of input features up to 2048."""
     return next(features // n for n in range(1, features + 1) if features % n == 0 and features // n <= MAX_BLOCK)
-
-
-def reconstruct(weight: Tensor, pruned: Tensor, gram: Tensor) -> Tensor:
-    """Pruned weights that reconstruct the layer's output best, by preconditioned conjugate gradients.
-
-    Minimises ``(v - w) H (v - w)^T`` for each row ``w`` over the rows ``v`` that are zero where `pruned` is.
-
-    Args:
-        weight (`torch.Tensor`): Shape (out, in).
-        pruned (`torch.Tensor`): The pruning mask, `True` where the result is zero; bool, shape (out, in).
-        gram (`torch.Tensor`): Blocks of ``H`` along its diagonal, float32, shape (blocks, size, size).
-
-    Returns:
-        `torch.Tensor`: float32, shape (out, in).
-    """
-    blocks, size, _ = gram.shape
-
-    def split(x: Tensor) -> Tensor:
-        return x.unflatten(1, (blocks, size)).transpose(0, 1)
-
-    keep, start = split(~pruned).float(), split(weight.float())
-    damping = DAMPING * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    precondition = Preconditioner(gram, damping, keep)
-    solution = start * keep
-    residual = _product(start - solution, gram, damping) * keep
-    scaled = precondition(residual)
-    direction, norm = scaled.clone(), (residual * scaled).sum(2, keepdim=True)
-    for _ in range(ITERATIONS):
-        image = _product(direction, gram, damping) * keep
-        length = _ratio(norm, (direction * image).sum(2, keepdim=True))
-        solution += length * direction
-        residual -= length * image
-        scaled = precondition(residual)
-        last_norm, norm = norm, (residual * scaled).sum(2, keepdim=True)
-        direction = scaled + _ratio(norm, last_norm) * direction
-    return solution.transpose(0, 1).flatten(1)
-
-
-class Preconditioner:
-    """A low-rank approximation of the inverse of each row's ``H``, restricted to the features that the row keeps.
-
-    Few eigenvectors explain most of the correlation of a language model's features. ``S``, which is ``H`` scaled to a
-    unit diagonal, with largest eigenvalues ``L`` and eigenvectors ``V``, is approximated by ``c I + V (L - c I) V^T``,
-    where ``c`` is the mean of the other eigenvalues. Each row's submatrix of it is inverted with Woodbury's identity.
-
-    Args:
-        gram (`torch.Tensor`): Shape (blocks, size, size).
-        damping (`torch.Tensor`): Added to its diagonal, shape (blocks, 1, 1).
-        keep (`torch.Tensor`): 1 where a row keeps a feature and 0 elsewhere, shape (blocks, out, size).
-    """
-
-    def __init__(self, gram: Tensor, damping: Tensor, keep: Tensor):
-        size = gram.shape[-1]
-        diagonal = gram.diagonal(dim1=1, dim2=2)[:, None] + damping
-        self._keep = keep
-        self._scale = _ratio(torch.ones_like(diagonal), diagonal).sqrt()
-        similar = gram * self._scale * self._scale.transpose(1, 2)
-        similar.diagonal(dim1=1, dim2=2).add_((damping * self._scale.square())[:, 0])
-        rank = min(RANK, size // 4)
-        vectors = similar[:, :, :rank]
-        for _ in range(SUBSPACE_ITERATIONS):
-            vectors = similar @ torch.linalg.qr(vectors)[0]
-        vectors = torch.linalg.qr(vectors)[0]
-        values, rotation = torch.linalg.eigh(vectors.transpose(1, 2) @ similar @ vectors)
-        self._vectors = vectors @ rotation
-        alive = (diagonal > 0).sum(2)
-        self._rest = ((alive - values.sum(1, keepdim=True)) / (size - rank)).clamp(min=MIN_REST)[:, :, None]
-        ratio = self._rest[:, :, 0] / (values - self._rest[:, :, 0]).clamp(min=MIN_REST)
-        products = (self._vectors[:, :, :, None] * self._vectors[:, :, None, :]).flatten(2)
-        system = (keep @ products).unflatten(2, (rank, rank)) + torch.diag_embed(ratio)[:, None]
-        self._inverse = torch.linalg.inv(system)
-
-    def __call__(self, residual: Tensor) -> Tensor:
-        """Approximate ``residual H^-1`` between the features that each row keeps; shape (blocks, out, size)."""
-        scaled = residual * self._scale
-        known = ((scaled @ self._vectors)[:, :, None] @ self._inverse)[:, :, 0]
-        return (scaled - known @ self._vectors.transpose(1, 2) * self._keep) / self._rest * self._scale
-
-
-def _product(x: Tensor, gram: Tensor, damping: Tensor) -> Tensor:
-    return x @ gram + damping * x
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator > 0, numerator / denominator, 0.0)
