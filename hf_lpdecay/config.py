@@ -20,7 +20,7 @@ class LpDecayConfig:
     1710.01878); and from `ramp_end` on the recovery phase, with exactly the target sparsity and frozen zeros.
 
     Args:
-        p (`float`, *optional*, defaults to `0.8`): The norm. Below 1 small weights become exactly zero. Must be below
+        p (`float`, *optional*, defaults to `0.5`): The norm. Below 1 small weights become exactly zero. Must be below
             2 with a target. ``p <= 0`` is accepted, beyond the paper, and comes ever closer to a hard cut.
         p_start (`float`, *optional*): The norm at the start of the ramp, interpolated linearly to `p` at its end.
             Must be below 2 with a target.
@@ -46,12 +46,13 @@ class LpDecayConfig:
             group and its query heads; `"rank"`: a row of LoRA's A and the column of its B. The target is then the
             fraction of the tiles, of the neurons or heads of each layer, or of the ranks. All but the first need a
             target.
-        scope (`str`, *optional*, defaults to `"layer"`): `"layer"` makes every tensor equally sparse, `"global"` ranks
-            all weights together. Only matters with a target.
+        scope (`str`, *optional*): `"layer"` makes every tensor equally sparse, `"global"` ranks all weights together.
+            Only matters with a target. Defaults to `"global"`, and to `"layer"` with n:m, neurons and heads.
         importance (`str`, *optional*): The score by which weights are pruned. `"magnitude"` is ``|w|``; `"adam"` is
             ``|w|`` times the root of AdamW's second moment, factored over rows and columns; `"activation"` is ``|w|``
             times the root mean square of its input feature in the batches before the ramp (as in Wanda). Defaults to
-            `"adam"` with a target and `"magnitude"` (the paper's, and the only choice) without.
+            `"adam"` with a target, to `"activation"` with n:m, and to `"magnitude"` (the paper's, and the only choice)
+            without a target.
         trim (`bool`, *optional*): Decay only the weights that the schedule prunes by the next plan, so that the
             remaining weights do not shrink. Defaults to `True` with a target; impossible without.
         hard_cut (`bool`, *optional*, defaults to `False`): Set the weights of each plan to zero at once instead of
@@ -64,15 +65,16 @@ class LpDecayConfig:
             ``4 * d * min(d, 2048)`` bytes for each input of ``d`` features. Defaults to `True` with a target, except
             under DeepSpeed, where it is impossible, and `torch.compile`, where it has the model compiled several times;
             impossible without a target.
-        calibration_batches (`int`, *optional*, defaults to 0): Calibration batches, passed through the model before
+        calibration_batches (`int`, *optional*): Calibration batches, passed through the model before
             the first step: their gradients serve the `"adam"` importance, their features the `"activation"` importance
             and `compensate`. The ramp can then begin with the training. Otherwise it begins after the learning rate's
-            warm-up, and not before step 5 where the importance needs some batches.
+            warm-up, and not before step 5 where the importance needs some batches. Defaults to 64 with n:m and
+            `importance="activation"`, else to 0.
         ramp_start (`float`, *optional*, defaults to `0.0`): Where the ramp starts, as a fraction of all steps. Only
             matters with a target or a schedule.
-        ramp_end (`float`, *optional*, defaults to `0.7`): Where the ramp ends, as a fraction of all steps. In a short
-            run a pattern such as 2:4 ends better with 0.1, `calibration_batches` and `importance="activation"`.
-        num_plans (`int`, *optional*, defaults to `20`): Number of plans (pruning steps) in the ramp.
+        ramp_end (`float`, *optional*): Where the ramp ends, as a fraction of all steps. Defaults to `0.4` with a target,
+            to `0.1` with n:m, in a short run to what makes ten steps, and to `0.7` for a schedule of `lp_lambda`.
+        num_plans (`int`, *optional*): Number of plans (pruning steps) in the ramp. Defaults to 8, and to 2 with n:m.
         freeze_zeros (`bool`, *optional*, defaults to `False`): Keep every weight that is exactly zero at zero, from
             the start.
         distill (`str`, *optional*): A dense teacher: `"self"` for the model as it was before the training, or the name
@@ -87,7 +89,7 @@ class LpDecayConfig:
         ValueError: If a value is out of range or two values contradict each other.
     """
 
-    p: float = field(default=0.8, metadata={"help": "The norm; below 1 weights become exactly zero."})
+    p: float = field(default=0.5, metadata={"help": "The norm; below 1 weights become exactly zero."})
     p_start: float | None = field(default=None, metadata={"help": "The norm at the start of the ramp, if not p."})
     lp_lambda: float | None = field(
         default=None, metadata={"help": "Constant strength of the decay (instead of target_sparsity)."}
@@ -111,8 +113,8 @@ class LpDecayConfig:
         default="unstructured",
         metadata={"help": "What is pruned: 'unstructured', 'n:m', 'block:RxC', 'neurons', 'heads' or 'rank'."},
     )
-    scope: Literal["layer", "global"] = field(
-        default="layer", metadata={"help": "Whether each tensor or all of them together meet the target."}
+    scope: Literal["layer", "global"] | None = field(
+        default=None, metadata={"help": "Whether each tensor ('layer') or all together ('global') meet the target."}
     )
     importance: Literal["adam", "activation", "magnitude"] | None = field(
         default=None,
@@ -126,12 +128,12 @@ class LpDecayConfig:
         default=None,
         metadata={"help": "Update the remaining weights at each plan. Defaults to True with a target."},
     )
-    calibration_batches: int = field(
-        default=0, metadata={"help": "Calibration batches for importance and compensation, before the first step."}
+    calibration_batches: int | None = field(
+        default=None, metadata={"help": "Calibration batches for importance and compensation, before the first step."}
     )
     ramp_start: float = field(default=0.0, metadata={"help": "Start of the ramp, as a fraction of all steps."})
-    ramp_end: float = field(default=0.7, metadata={"help": "End of the ramp, as a fraction of all steps."})
-    num_plans: int = field(default=20, metadata={"help": "Number of plans (pruning steps) in the ramp."})
+    ramp_end: float | None = field(default=None, metadata={"help": "End of the ramp, as a fraction of all steps."})
+    num_plans: int | None = field(default=None, metadata={"help": "Number of plans (pruning steps) in the ramp."})
     freeze_zeros: bool = field(default=False, metadata={"help": "Keep every exact zero at zero from the start."})
 
     distill: str | None = field(default=None, metadata={"help": "A dense teacher: 'self', or a model's name or path."})
@@ -149,7 +151,7 @@ class LpDecayConfig:
         self._check_pattern()
         self._check_target_or_lambda()
         for name, choices in (
-            ("scope", ("layer", "global")),
+            ("scope", ("layer", "global", None)),
             ("importance", ("adam", "activation", "magnitude", None)),
             ("lp_lambda_schedule", ("constant", "linear", "cubic")),
         ):
@@ -157,14 +159,18 @@ class LpDecayConfig:
                 raise ValueError(f"Invalid {name}: {getattr(self, name)!r} - should be one of {choices}.")
         for name in ("ramp_start", "ramp_end"):
             value = getattr(self, name)
+            if value is None and name == "ramp_end":
+                continue
             if not is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"Invalid {name}: {value!r} - should be a fraction of all steps, between 0 and 1.")
-        if self.ramp_end <= self.ramp_start:
+        if self.ramp_end is not None and self.ramp_end <= self.ramp_start:
             raise ValueError(
                 f"Invalid ramp: ramp_end={self.ramp_end} - should be greater than ramp_start={self.ramp_start}."
             )
         for name, least in (("num_plans", 1), ("calibration_batches", 0)):
             value = getattr(self, name)
+            if value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"Invalid {name}: {value!r} - should be a whole number >= {least}.")
         for name in ("distill_weight", "distill_temperature", "distill_hidden"):
@@ -254,10 +260,21 @@ class LpDecayConfig:
                         f"{name}={value!r} needs a target_sparsity: a decay of given strength is the paper's plain"
                         " method. Give target_sparsity instead of lp_lambda, or leave the option out."
                     )
-            self.importance, self.trim = "magnitude", False
+            self.importance, self.trim, self.calibration_batches = "magnitude", False, 0
             return
-        self.importance = "adam" if self.importance is None else self.importance
-        self.trim = True if self.trim is None else self.trim
+        # A mask of n:m is better made early, from as many tokens as one-shot methods see.
+        semi_structured = isinstance(parse_pattern(self.pattern), SemiStructured)
+        defaults = {
+            "scope": "layer" if semi_structured or self.pattern in ("neurons", "heads") else "global",
+            "importance": "activation" if semi_structured else "adam",
+            "trim": True,
+            "num_plans": 2 if semi_structured else 8,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.calibration_batches is None:
+            self.calibration_batches = 64 if semi_structured and self.importance == "activation" else 0
         if self.calibration_batches and self.importance == "magnitude" and self.compensate is False:
             raise ValueError(
                 f"calibration_batches={self.calibration_batches} is used by importance='adam',"

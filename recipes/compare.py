@@ -31,6 +31,7 @@ NO_TARGET = {
     "compensate": None,
     "hard_cut": False,
     "pattern": "unstructured",
+    "calibration_batches": None,
 }
 # What each method changes in the LpDecayConfig. Gradual pruning ("gmp", Zhu and Gupta, arXiv 1710.01878) cuts.
 METHODS = {

@@ -134,7 +134,9 @@ def test_norm_and_strength_of_the_plain_method_move_over_the_ramp(tmp_path, sche
 
 
 def test_with_a_target_the_norm_moves_at_every_plan_and_the_target_is_met(tmp_path):
-    trainer, seen = groups_of(tmp_path, LpDecayConfig(p=0.0, p_start=1.5, target_sparsity=0.5))
+    trainer, seen = groups_of(
+        tmp_path, LpDecayConfig(p=0.0, p_start=1.5, target_sparsity=0.5, ramp_end=0.7, num_plans=20)
+    )
     norms = [step[0][0] for step in seen]
     assert norms[5] == 1.5 and norms[5:] == sorted(norms[5:], reverse=True) and 0 < norms[20] < 0.2
     assert measure_sparsity(trainer.model).sparsity == 0.5

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 
@@ -233,7 +234,7 @@ def test_a_tensor_without_gradient_is_ranked_by_magnitude():
 
 
 def test_ramp_waits_for_the_warm_up_and_needs_ten_steps():
-    config = LpDecayConfig(target_sparsity=0.5, ramp_start=0.1, ramp_end=0.5)
+    config = LpDecayConfig(target_sparsity=0.5, ramp_start=0.1, ramp_end=0.5, num_plans=20)
     assert (Ramp.from_config(config, 100).start, Ramp.from_config(config, 100).end) == (10, 50)
     assert Ramp.from_config(config, 100, warmup_steps=30).start == 30
     ramp = Ramp.from_config(LpDecayConfig(target_sparsity=0.5, num_plans=7), 107)
@@ -241,6 +242,34 @@ def test_ramp_waits_for_the_warm_up_and_needs_ten_steps():
     assert [ramp.phase(s) for s in (0, ramp.start, ramp.end - 1, ramp.end)] == ["dense", "decay", "decay", "settle"]
     with pytest.raises(ValueError, match="would have 9 optimizer steps, from step 5 to 14 of 20, and needs 10"):
         Ramp.from_config(LpDecayConfig(target_sparsity=0.5), 20)
+
+
+@pytest.mark.parametrize(
+    "options, steps, warmup, start, end",
+    [
+        ({"target_sparsity": 0.5}, 1000, 0, 5, 400),
+        ({"target_sparsity": 0.5}, 1000, 100, 100, 400),
+        ({"target_sparsity": 0.5, "ramp_start": 0.5}, 1000, 0, 500, 700),
+        ({"target_sparsity": 0.5}, 30, 2, 5, 15),  # ten steps
+        ({"pattern": "2:4"}, 1000, 100, 0, 100),  # calibrated, so that it need not wait
+        ({"pattern": "2:4"}, 60, 5, 0, 10),
+        ({"pattern": "2:4", "importance": "adam"}, 1000, 150, 150, 160),
+    ],
+)
+def test_by_default_the_ramp_is_early(options, steps, warmup, start, end):
+    ramp = Ramp.from_config(LpDecayConfig(**options), steps, warmup)
+    assert (ramp.start, ramp.end) == (start, end)
+
+
+def test_defaults_are_resolved_by_the_pattern():
+    plain, early = LpDecayConfig(target_sparsity=0.7), LpDecayConfig(pattern="2:4")
+    names = ("p", "scope", "importance", "num_plans", "calibration_batches", "trim")
+    assert [getattr(plain, name) for name in names] == [0.5, "global", "adam", 8, 0, True]
+    assert [getattr(early, name) for name in names] == [0.5, "layer", "activation", 2, 64, True]
+    assert LpDecayConfig(target_sparsity=0.5, pattern="neurons").scope == "layer"
+    assert LpDecayConfig(pattern="2:4", importance="adam").calibration_batches == 0
+    for config in (plain, early):  # such as a checkpoint's
+        assert dataclasses.asdict(LpDecayConfig(**dataclasses.asdict(config))) == dataclasses.asdict(config)
 
 
 @given(start=st.integers(0, 50), length=st.integers(1, 300), num_plans=st.integers(1, 40))
@@ -297,7 +326,10 @@ def test_plot_is_a_picture_with_and_without_a_course(tmp_path):
         ({"target_sparsity": 50}, "Invalid target_sparsity: 50 - should be a fraction"),
         ({"target_sparsity": 0.5, "lp_lambda": 0.1}, "Both target_sparsity=0.5 and lp_lambda=0.1"),
         ({}, "Neither target_sparsity nor lp_lambda"),
-        ({"target_sparsity": 0.5, "ramp_start": 0.7}, "ramp_end=0.7 - should be greater than ramp_start=0.7"),
+        (
+            {"target_sparsity": 0.5, "ramp_start": 0.7, "ramp_end": 0.7},
+            "ramp_end=0.7 - should be greater than ramp_start=0.7",
+        ),
         ({"target_sparsity": 0.5, "ramp_end": 1.5}, "Invalid ramp_end: 1.5"),
         ({"target_sparsity": 0.5, "scope": "row"}, "Invalid scope: 'row'"),
         ({"target_sparsity": 0.5, "pattern": "4:2"}, "Invalid pattern: '4:2'"),

@@ -92,7 +92,9 @@ def test_rows_and_columns_of_a_unit_belong_together(name, pattern):
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_units_die_as_one_and_equally_many_per_layer(make, pattern, target, importance):
     model = make()
-    params, optimizer, controller = controlled(target, pattern=pattern, importance=importance, model=model)
+    params, optimizer, controller = controlled(
+        target, pattern=pattern, importance=importance, model=model, ramp_end=0.7, num_plans=20
+    )
     found = find_units(model, pattern)
     assert {id(param) for param in params.values()} == {id(part.param) for units in found for part in units.slices}
 

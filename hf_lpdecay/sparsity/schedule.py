@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .patterns import SemiStructured, parse_pattern
+
 
 if TYPE_CHECKING:  # it checks its pattern with this room
     from ..config import LpDecayConfig
@@ -15,6 +17,8 @@ if TYPE_CHECKING:  # it checks its pattern with this room
 
 DENSE, DECAY, SETTLE = "dense", "decay", "settle"
 MIN_RAMP_STEPS = 10
+# The ramp's default length with n:m and otherwise, and where it ends at the latest, as fractions of all steps.
+EARLY_RAMP, DEFAULT_RAMP, LONGEST_RAMP = 0.1, 0.4, 0.7
 # AdamW's second moment and the activations say little before a few batches have been seen.
 MIN_IMPORTANCE_STEPS = 5
 # With more steps than these, several are computed as one.
@@ -54,12 +58,18 @@ class Ramp:
         start = round(config.ramp_start * total_steps)
         if not config.calibration_batches:
             start = max(start, warmup_steps, 0 if config.importance == "magnitude" else MIN_IMPORTANCE_STEPS)
-        end = round(config.ramp_end * total_steps)
+        if config.ramp_end is None:
+            early = isinstance(parse_pattern(config.pattern), SemiStructured)
+            length = EARLY_RAMP if early else DEFAULT_RAMP
+            latest = round(LONGEST_RAMP * total_steps)
+            end = min(max(round((config.ramp_start + length) * total_steps), start + MIN_RAMP_STEPS), latest)
+        else:
+            end = round(config.ramp_end * total_steps)
         if end - start < MIN_RAMP_STEPS:
             raise ValueError(
                 f"The ramp would have {max(end - start, 0)} optimizer steps, from step {start} to {end} of"
                 f" {total_steps}, and needs {MIN_RAMP_STEPS}: train for more steps, warm up for fewer (now"
-                f" {warmup_steps}), or move ramp_start={config.ramp_start} and ramp_end={config.ramp_end} apart."
+                f" {warmup_steps}), or move ramp_start={config.ramp_start} and ramp_end={end / total_steps:g} apart."
             )
         return cls(start, end, min(config.num_plans, end - start), config.target_sparsity)
 
@@ -183,7 +193,8 @@ class PlainSchedule:
         self.config = config
         self._ids = {id(param) for param in params.values()}
         self._optimizer = optimizer
-        self._start, self._end = (fraction * total_steps for fraction in (config.ramp_start, config.ramp_end))
+        end = LONGEST_RAMP if config.ramp_end is None else config.ramp_end
+        self._start, self._end = (config.ramp_start * total_steps, end * total_steps)
 
     def after_step(self, step: int) -> None:
         """Set norm and strength for the step after `step` optimizer steps."""

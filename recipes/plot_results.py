@@ -1,0 +1,57 @@
+"""Draw perplexity against sparsity, of the decay and its rivals, from measured results.
+
+python recipes/plot_results.py recipes/results/wikitext2.json recipes/results/perplexity.png
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from hf_lpdecay.sparsity.plot import save_figure
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="JSON file with the measured rows")
+    parser.add_argument("picture", type=Path, help="PNG file to write")
+    args = parser.parse_args(argv)
+    try:
+        results = json.loads(args.results.read_text(encoding="utf-8"))
+        draw(results, args.picture)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        print(f"plot_results.py: error: {args.results}: {error!r}", file=sys.stderr)
+        return 2
+    print(f"written to {args.picture}")
+    return 0
+
+
+def draw(results: dict, path: Path) -> None:
+    """One line for each method, with the range of its seeds, and one for the dense model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    rows = results["rows"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["sparsity"])
+        x, y = [100 * row["sparsity"] for row in own], [row["perplexity"] for row in own]
+        low = [row["perplexity"] - row["smallest"] for row in own]
+        high = [row["largest"] - row["perplexity"] for row in own]
+        axes.errorbar(x, y, yerr=[low, high], marker="o", capsize=3, label=method)
+    axes.axhline(results["dense"], color="gray", linestyle="--", label="dense, same fine-tuning")
+    axes.set_yscale("log")
+    ticks = [20, 30, 40, 60, 100, 200]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xticks(sorted({100 * row["sparsity"] for row in rows}))
+    axes.set_xlabel("zeros in the linear layers of the blocks, %")
+    axes.set_ylabel("perplexity")
+    axes.set_title(f"{results['model']} on {results['data'].split(',')[0]}, one short fine-tuning for all")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    save_figure(figure, path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
