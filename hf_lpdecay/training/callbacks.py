@@ -27,7 +27,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
     """Drives the p-norm decay of an [`~hf_lpdecay.LpAdamW`] that a `Trainer` steps.
 
     [`LpDecayMixin`] adds it by itself. A `Trainer` of any class can be given it together with the optimizer; the same
-    weights become zero, and a run resumes as exactly.
+    weights become zero, and a run resumes as exactly. Evaluations from before the target is reached do not count for
+    `metric_for_best_model`, nor for early stopping.
 
     Args:
         lp_config (`LpDecayConfig` or `dict`): How the model is made sparse.

@@ -71,7 +71,7 @@ class Seq2Seq(Task):
         for start in tqdm(range(0, len(rows), batch_size), desc=f"{desc} (generating)"):
             batch = collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))]).to(model.device)
             given = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            predictions += model.generate(**given, max_new_tokens=self.script.max_target_length).tolist()
+            predictions += model.generate(**given, max_length=self.script.max_target_length + 1).tolist()
             references += batch["labels"].tolist()
         return {**self.rouge(predictions, references), **results}
 
