@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import finetune
+from tasks import Task
 
 from hf_lpdecay import LpDecayConfig, measure_sparsity
 from hf_lpdecay.sparsity.report import write_text
@@ -83,10 +84,10 @@ def main(argv: list[str]) -> int:
     args.save_strategy = "no"
     runs = []
     try:
-        data = finetune.load_data(script)
+        task = finetune.load_task(script)
         for seed in script.seeds:
             for method in (*script.methods, *script.init_from):
-                runs.append({"method": method, "seed": seed, **run(script, lp_config, args, data, method, seed)})
+                runs.append({"method": method, "seed": seed, **run(script, lp_config, args, task, method, seed)})
                 print(json.dumps(runs[-1]), flush=True)
                 # Written after every run, so that nothing is lost.
                 Path(script.results_file).parent.mkdir(parents=True, exist_ok=True)
@@ -98,23 +99,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run(script, lp_config: LpDecayConfig, args, data: finetune.Data, method: str, seed: int) -> dict[str, float]:
+def run(script, lp_config: LpDecayConfig, args, task: Task, method: str, seed: int) -> dict[str, float]:
     """Train with one method (or from one pruned folder) and seed, and evaluate in float32."""
     if method not in METHODS:
         script = dataclasses.replace(script, model_name_or_path=method)
     teacher = (lp_config.distill or "self") if method.endswith("-distill") else None
     config = dataclasses.replace(lp_config, **METHODS.get(method, FROZEN), distill=teacher)
     args.seed = seed
-    trainer, evaluate_model = finetune.prepare(script, config, args, data)
-    before = evaluate_model(trainer.model, "before")
+    trainer = finetune.make_trainer(script, config, args, task)
+    before = finetune.evaluate_model(trainer.model, task, args, "before")
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started
     # Without the autocast that the Trainer wrapped around the model's forward.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    after = evaluate_model(model, "after")
+    after = finetune.evaluate_model(model, task, args, "after")
     sparsity = measure_sparsity(model, trainer.lp_modules).sparsity
-    ((metric, value),) = after.items()
+    metric, value = next(iter(after.items()))  # the most important one
     del trainer, model
     gc.collect()
     return {metric: value, "before": before[metric], "sparsity": sparsity, "seconds": round(seconds, 1)}
@@ -122,7 +123,7 @@ def run(script, lp_config: LpDecayConfig, args, data: finetune.Data, method: str
 
 def table(runs: list[dict]) -> str:
     """One row per method: mean over the seeds, smallest and largest."""
-    metric = next(name for name in runs[0] if name in ("perplexity", "accuracy"))
+    metric = next(name for name in runs[0] if name not in ("method", "seed"))
     lines = [f"| method | sparsity | {metric} | smallest - largest | seeds | seconds |", "| --- " * 6 + "|"]
     for method in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == method]

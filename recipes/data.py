@@ -158,6 +158,11 @@ def labelled_tokens(
     return train, validation, feature.names
 
 
+def head(dataset: Dataset, size: int | None) -> Dataset:
+    """The first `size` rows, or all."""
+    return dataset if size is None else dataset.select(range(min(size, len(dataset))))
+
+
 def load_file(path: str, column_names: list[str] | None) -> Dataset:
     suffix = Path(path).suffix
     options = {}

@@ -14,13 +14,13 @@ import json
 import sys
 from pathlib import Path
 
-import evaluate
-import finetune
 import torch
 from accelerate import PartialState
 from benchmark_inference import measure
 from data import load_file, text_column
 from pypi_models import resolve_model
+from tasks.base import load_metric
+from tasks.text_classification import classify
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -33,9 +33,6 @@ from hf_lpdecay.evaluation import lm_eval_scores, text_loss
 from hf_lpdecay.sparsity.plot import save_figure
 from hf_lpdecay.sparsity.report import write_text
 from hf_lpdecay.training.record import update_record
-
-
-METRICS = Path(__file__).parent / "metrics"
 
 
 def main(argv: list[str]) -> int:
@@ -139,9 +136,9 @@ def accuracy(model, tokenizer, options: argparse.Namespace) -> tuple[float, int]
         {**tokenizer(text, truncation=True, max_length=options.context_length), "labels": label}
         for text, label in zip(data[column], labels)
     ]
-    metric = evaluate.load(str(METRICS / "accuracy.py"))
+    metric = load_metric("accuracy")
     collator = DataCollatorWithPadding(tokenizer)
-    return finetune.classify(model, rows, collator, options.batch_size, metric, "Accuracy"), len(rows)
+    return classify(model, rows, collator, options.batch_size, metric, "Accuracy"), len(rows)
 
 
 def latency_options(folders: list[str], options: argparse.Namespace) -> argparse.Namespace:

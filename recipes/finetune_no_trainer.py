@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from arguments import parse_recipe
-from data import DataArguments, blocks_of_tokens, check_files, load_texts, text_column
-from finetune import device_defaults, head
+from data import DataArguments, blocks_of_tokens, check_files, head, load_texts, text_column
+from finetune import device_defaults
 from pypi_models import resolve_model
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm

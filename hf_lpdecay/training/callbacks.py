@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..config import LpDecayConfig
 from ..sparsity import SparsityDriver, participants
+from .best import BestFromTarget
 from .checks import check_optimizer, check_ranks, check_same_config
 from .learning_rates import learning_rates_of
 from .zero import ZeroController, find_ranges
@@ -26,7 +27,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
     """Drives the p-norm decay of an [`~hf_lpdecay.LpAdamW`] that a `Trainer` steps.
 
     [`LpDecayMixin`] adds it by itself. A `Trainer` of any class can be given it together with the optimizer; the same
-    weights become zero, and a run resumes as exactly.
+    weights become zero, and a run resumes as exactly. Evaluations from before the target is reached do not count for
+    `metric_for_best_model`, nor for early stopping.
 
     Args:
         lp_config (`LpDecayConfig` or `dict`): How the model is made sparse.
@@ -58,9 +60,12 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 " or LpDecayMixin, or leave distill out."
             )
         self._driver: SparsityDriver | None = None
+        self._best: BestFromTarget | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the config, against which a resumed run is checked, and the names."""
+        if self._best is not None:
+            self._best.on_save()
         return {"args": {"lp_config": asdict(self.lp_config), "names": self.names}, "attributes": {}}
 
     def on_train_begin(
@@ -107,6 +112,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
         )
         if state.is_world_process_zero:
             tqdm.write(self._driver.describe())
+        ramp = self._driver.ramp
+        if ramp is not None and args.metric_for_best_model is not None:
+            self._best = BestFromTarget(args, state, ramp.end)
         rates = learning_rates_of(optimizer, kwargs["lr_scheduler"])
         show_progress = state.is_local_process_zero and not args.disable_tqdm
         self._driver.start(rates, kwargs["train_dataloader"], show_progress)
@@ -119,6 +127,12 @@ class SparsityCallback(TrainerCallback, ExportableState):
     ):
         # Before the step is logged, evaluated and saved, so that a checkpoint holds the plan that follows it.
         self._driver.after_step(state.global_step, learning_rates_of(optimizer, kwargs["lr_scheduler"]))
+        if self._best is not None:
+            self._best.on_step_end()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics, **kwargs):
+        if self._best is not None:
+            self._best.on_evaluate(metrics)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
         if "loss" in logs and "sparsity" not in logs:  # without LpDecayMixin, which also reports to the trackers
@@ -127,7 +141,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(metrics)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        driver = self._driver
+        driver, self._best = self._driver, None
         driver.finish()
         if driver.is_unfinished and state.is_world_process_zero:
             logger.warning_once(

@@ -17,7 +17,7 @@ from ..sparsity import Ramp, participants
 from .callbacks import SparsityCallback, unwrapped
 from .checkpoints import WholeCheckpointsMixin, last_whole_checkpoint
 from .checks import check_sharding
-from .distillation import Distiller
+from .distillation import Distiller, logits_of
 from .record import card_facts, write_record
 
 
@@ -59,7 +59,7 @@ class LpDecayMixin(WholeCheckpointsMixin):
         self._lp_names = list(participants(model, lp_config))
         self.add_callback(SparsityCallback(lp_config, self._lp_names))
         # Made now as well: when a run is resumed, the model is no longer what it was when training began.
-        self._distiller = Distiller(lp_config, model) if lp_config.distill else None
+        self._distiller = Distiller(lp_config, model, ("labels", *self.label_names)) if lp_config.distill else None
         self._losses = torch.zeros(3, device=self.args.device)  # the model's own, the distance, steps
 
     @property
@@ -111,14 +111,17 @@ class LpDecayMixin(WholeCheckpointsMixin):
 
     def _distilled_loss(self, model, inputs, num_items_in_batch):
         what = f"distill={self.lp_config.distill!r} compares the teacher's and the student's logits where there are"
-        if "labels" not in inputs:
+        if not any(name in inputs for name in ("labels", *self.label_names)):
             raise ValueError(f"{what} labels, and the batches of {type(self).__name__} have none: leave it out.")
         if self.lp_config.distill_hidden:
             inputs = {**inputs, "output_hidden_states": True}
         # A copy, since the Trainer takes the labels out for some losses.
         loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch=num_items_in_batch)
-        if not outputs["logits"].requires_grad:  # such as those of TRL's fused head, computed anew for metrics
-            raise ValueError(f"{what} labels, and those of {type(self).__name__} have no gradient: leave it out.")
+        logits = logits_of(outputs)
+        # Without a gradient are such as those of TRL's fused head, computed anew for metrics.
+        if not logits or not all(tensor.requires_grad for tensor in logits):
+            found = "those here have no gradient" if logits else f"the outputs are {', '.join(outputs)}"
+            raise ValueError(f"{what} labels, and {found}: leave it out.")
         inputs.pop("output_hidden_states", None)
         distance, count = self._distiller.loss(inputs, outputs)
         # Scaled as the Trainer scales the loss over accumulated batches and devices.
