@@ -72,8 +72,8 @@ class LpDecayConfig:
             `importance="activation"`, else to 0.
         ramp_start (`float`, *optional*, defaults to `0.0`): Where the ramp starts, as a fraction of all steps. Only
             matters with a target or a schedule.
-        ramp_end (`float`, *optional*): Where the ramp ends, as a fraction of all steps. Defaults to `0.4` with a target,
-            to `0.1` with n:m, in a short run to what makes ten steps, and to `0.7` for a schedule of `lp_lambda`.
+        ramp_end (`float`, *optional*): Where the ramp ends, as a fraction of all steps. Defaults to `0.4` after
+            `ramp_start` and to `0.1` with n:m, but to ten steps at least and `0.7` at most; to `0.7` without a target.
         num_plans (`int`, *optional*): Number of plans (pruning steps) in the ramp. Defaults to 8, and to 2 with n:m.
         freeze_zeros (`bool`, *optional*, defaults to `False`): Keep every weight that is exactly zero at zero, from
             the start.
