@@ -4,6 +4,7 @@ accelerate launch recipes/finetune.py
 accelerate launch recipes/finetune.py --config recipes/configs/minilm/sst2.yaml --target_sparsity 0.9
 """
 
+import json
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from data import check_files, data_facts
 from pypi_models import license_of, resolve_model
 from run_folder import claim_folder, interrupted
 from tasks import TASKS, Task, TaskArguments
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments, TrainingArguments, set_seed
 
 from hf_lpdecay import LpDecayConfig
@@ -49,8 +51,13 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:  # OSError: a file, a hub or a model that cannot be had
         print(f"finetune.py: error: {error}", file=sys.stderr)
         return 2
+    say = tqdm.write if trainer.is_world_process_zero() else lambda line: None
     try:
+        say(announcement(script, lp_config, trainer))
+        started = time.monotonic()
         before = evaluate_model(trainer.model, task, args, "before")
+        say(expected_time(trainer, task, time.monotonic() - started))
+        continued = [task.sample(trainer.model)]
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
     except KeyboardInterrupt:
@@ -62,7 +69,9 @@ def main(argv: list[str]) -> int:
     model = type(trainer.model).from_pretrained(args.output_dir, dtype=torch.float32)
     after = evaluate_model(model, task, args, "after")
     if trainer.is_world_process_zero():
+        continued.append(task.sample(model))
         write_report(script, task, trainer, {"before": before, "after": after}, seconds)
+        write_next_steps(task, args.output_dir, continued)
     if args.push_to_hub:  # again, now that the card has results
         trainer.push_to_hub()
     # Together: a process that leaves while others are still connected to it can take them along.
@@ -125,6 +134,45 @@ def evaluate_model(model: PreTrainedModel, task: Task, args: TrainingArguments, 
     return task.evaluate(model.to(args.device), args.per_device_eval_batch_size, f"Evaluating {when}")
 
 
+def announcement(script: ScriptArguments, lp_config: LpDecayConfig, trainer) -> str:
+    """What the run will do, in one line."""
+    args = trainer.args
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    goal = f"to {lp_config.target_sparsity:.0%} zeros ({lp_config.pattern})" if lp_config.target_sparsity else "dense"
+    if lp_config.lp_lambda:
+        goal = f"with lp_lambda={lp_config.lp_lambda:g}"
+    where = (
+        f"{torch.get_num_threads()} CPU threads" if args.use_cpu else f"{args.world_size} {args.device.type} device(s)"
+    )
+    return (
+        f"{script.model_name_or_path}: {script.task} on {script.train_file or script.dataset_name}, {length} of"
+        f" {args.train_batch_size * args.gradient_accumulation_steps * args.world_size} examples, {goal}, on {where} in"
+        f" {'bfloat16' if args.bf16 else 'float32'}; evaluated before and after; written to {args.output_dir}"
+    )
+
+
+def expected_time(trainer, task: Task, seconds: float) -> str:
+    """About how long the training will take, from the time of an evaluation: an upper bound with bfloat16."""
+    args = trainer.args
+    batch = args.train_batch_size * args.gradient_accumulation_steps
+    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(task.train) / batch / args.world_size
+    # Forward and backward pass take three times as long as a forward pass; steps and plans a third of that.
+    minutes = (4 * seconds / len(task.validation) * batch * steps + seconds) / 60
+    return f"training and the second evaluation will take about {max(1, round(minutes))} minutes"
+
+
+def write_next_steps(task: Task, folder: str, continued: list[tuple[str, str] | None]) -> None:
+    """Show how the model continues a text before and after, and what can be done with it next."""
+    if all(continued):
+        (prompt, before), (_, after) = continued
+        print(f"\n{prompt!r} is continued\n  before: {before!r}\n  after:  {after!r}")
+    print(f"\nload it:        {task.auto_class.__name__}.from_pretrained({folder!r})")
+    if all(continued):
+        print(f"let it write:   lpdecay generate {folder} --prompt {json.dumps(continued[0][0])}")
+    print(f"make it small:  lpdecay pack {folder} {folder}-packed")
+    print(f"push it:        lpdecay push {folder} your-name/{Path(folder).name} --dry_run")
+
+
 def write_report(script, task: Task, trainer, results: dict[str, dict[str, float]], seconds: float) -> None:
     """Write sparsity.json and sparsity.png beside the model, and say what came out."""
     folder = Path(trainer.args.output_dir)
@@ -146,7 +194,6 @@ def write_report(script, task: Task, trainer, results: dict[str, dict[str, float
         unit = f" ({task.examples} windows of {script.block_size} tokens)" if name == "perplexity" else ""
         print(f"{name}: {value:.4g} before, {results['after'][name]:.4g} after{unit}")
     print(f"trained for {seconds:.0f} s; report in {folder}/sparsity.json, picture in {folder}/sparsity.png")
-    print(f"load it with {task.auto_class.__name__}.from_pretrained({str(folder)!r})")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_each_task_trains_to_the_target_of_its_config_from_local_files(task, mod
     logged = next(entry for entry in facts["log_history"] if "eval_loss" in entry)
     assert {f"eval_{name}" for name in metrics} <= logged.keys()
     printed = capsys.readouterr().out
-    assert f"load it with {TASKS[task].auto_class.__name__}.from_pretrained" in printed
+    assert f"{TASKS[task].auto_class.__name__}.from_pretrained" in printed
     loaded = TASKS[task].auto_class.from_pretrained(tmp_path / "out")
     if task == "token-classification":
         assert loaded.config.id2label == {0: "O", 1: "B-LOC", 2: "I-LOC"}

@@ -105,6 +105,10 @@ class Task:
         """The `Trainer`'s `compute_metrics`, for evaluations during the training."""
         return None
 
+    def sample(self, model: PreTrainedModel) -> tuple[str, str] | None:
+        """A text and how the model continues it, if it is one that writes."""
+        return None
+
     def evaluate(self, model: PreTrainedModel, batch_size: int, desc: str) -> dict[str, float]:
         """Metrics of a model on the validation data, the most important one first."""
         raise NotImplementedError
