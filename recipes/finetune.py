@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import evaluate
 import psutil
 import torch
 from accelerate import PartialState
 from arguments import parse_recipe
 from data import DataArguments, blocks_of_tokens, check_files, data_facts, labelled_tokens, load_texts, text_column
-from datasets import Dataset
 from pypi_models import license_of, resolve_model
+from rows import Dataset
 from run_folder import claim_folder, interrupted
 from tqdm.auto import tqdm
 from transformers import (
@@ -168,6 +167,8 @@ def prepare(script: ScriptArguments, lp_config: LpDecayConfig, args: TrainingArg
             label2id={label: i for i, label in enumerate(data.labels)},
         )
         collator = DataCollatorWithPadding(data.tokenizer)
+        import evaluate  # only classifiers need it
+
         accuracy = evaluate.load(str(HERE / "metrics" / "accuracy.py"))
 
         def compute_metrics(prediction):
