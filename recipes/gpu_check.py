@@ -96,11 +96,10 @@ def main(argv: Sequence[str], parts: dict[str, Part] = PARTS) -> int:
     records = []
     for name in names:
         records.append(run_part(name, parts[name], check, parts[name].seconds * scale))
-        error = records[-1].get("error")
-        print(
-            f"{name}: {records[-1]['status']}, {records[-1]['seconds']:.1f} s{f' ({error})' if error else ''}",
-            flush=True,
-        )
+        reason = f" ({records[-1]['error']})" if "error" in records[-1] else ""
+        print(f"{name}: {records[-1]['status']}, {records[-1]['seconds']:.1f} s{reason}", flush=True)
+    if options.rehearse:
+        print("\nA rehearsal at toy size, whose figures say nothing:")
     print(f"\n{markdown(records)}\n\nresults and logs are in {folder}")
     return 0 if all(record["status"] in ("passed", "left out") for record in records) else 1
 
@@ -195,9 +194,8 @@ def markdown(records: list[dict[str, Any]]) -> str:
         for what, result in record.get("result", {}).get("rows", []):
             lines.append(f"| `{record['part']}` | {what} | {result} |")
         if record["status"] != "passed":
-            lines.append(
-                f"| `{record['part']}` | - | {record['status']}: {record.get('error', '')} |".replace("\n", " ")
-            )
+            reason = record.get("error", "").replace("\n", " ").replace("|", "/")
+            lines.append(f"| `{record['part']}` | - | {record['status']}: {reason} |")
     return "\n".join(lines)
 
 
