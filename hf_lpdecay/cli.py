@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. Nothing was left half written.", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"lpdecay {options.command}: error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=2) if options.json else text)

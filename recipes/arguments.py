@@ -84,6 +84,9 @@ def _read_yaml(path: Path, options: set[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, but should hold flat 'option: value' lines.")
+    if "activation_checkpointing" not in options and "activation_checkpointing" in content:
+        # as TrainingArguments spells it in older versions of transformers
+        content["gradient_checkpointing"] = content.pop("activation_checkpointing")
     for key in content:
         if key not in options:
             raise ValueError(f"{path}: {key!r} is not an option.{_nearest(str(key), options, '')}")

@@ -41,23 +41,29 @@ SMOLLM2 = LlamaConfig(
     num_key_value_heads=3,
     tie_word_embeddings=True,
 )
+
+
+def llama_1b(num_hidden_layers: int = 16) -> LlamaConfig:
+    """The shapes of Llama 3.2 1B, with all of its layers or some."""
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
+
+
 SHAPES = {
     "smollm2-135m": (LlamaForCausalLM, SMOLLM2),
     "bert-base": (BertModel, BertConfig()),
     # Two of the sixteen layers, to fit a small machine's memory.
-    "llama-1b-2-layers": (
-        LlamaForCausalLM,
-        LlamaConfig(
-            vocab_size=128256,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=2,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            tie_word_embeddings=True,
-        ),
-    ),
+    "llama-1b-2-layers": (LlamaForCausalLM, llama_1b(2)),
+    "llama-1b": (LlamaForCausalLM, llama_1b()),
 }
+SMALL = ["smollm2-135m", "bert-base", "llama-1b-2-layers"]
 # Small enough that the weights stay what they are during the measurement, large enough for the decay to act.
 ADAMW = {"lr": 1e-7, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 DECAY = {"lp_lambda": 1e-3}
@@ -170,9 +176,9 @@ def _status(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
-def benchmark(name: str, rounds: int, zeros: float) -> dict[str, Any]:
-    """One table: every rival steps once in each round."""
-    model_class, config = SHAPES[name]
+def benchmark(name: str, shapes: tuple[type, Any], rounds: int, zeros: float) -> dict[str, Any]:
+    """One table: every rival steps once in each round, on the weights of a model class with a config."""
+    model_class, config = shapes
     with torch.device("meta"):
         shapes = [param.shape for param in model_class(config).parameters()]
     torch.manual_seed(0)
@@ -285,7 +291,7 @@ def benchmark_trainer(steps: int, batch: int = 4, length: int = 128) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="Which models.")
+    parser.add_argument("--shapes", nargs="+", default=SMALL, choices=list(SHAPES), help="Which models.")
     parser.add_argument("--rounds", type=int, default=7, help="Steps of each rival, interleaved.")
     parser.add_argument("--zeros", type=float, default=0.0, help="Share of the weights that are zero, as in a ramp.")
     parser.add_argument("--trainer_steps", type=int, default=16, help="Steps in the Trainer; 0 leaves it out.")
@@ -301,7 +307,7 @@ def main() -> None:
     results: dict[str, Any] = {"torch": torch.__version__, "device": device, "threads": torch.get_num_threads()}
     results["shapes"] = []
     for name in arguments.shapes:
-        result = benchmark(name, arguments.rounds, arguments.zeros)
+        result = benchmark(name, SHAPES[name], arguments.rounds, arguments.zeros)
         results["shapes"].append(result)
         tqdm.write(table(result) + "\n")
     if arguments.trainer_steps:

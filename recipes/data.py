@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Value, load_dataset
+from rows import ClassLabel, Dataset, Value, load_dataset
 from stdlib_text import load_stdlib_text
 from transformers import PreTrainedTokenizerBase
 

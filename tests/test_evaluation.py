@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import evaluate
-import evaluate_models
 import pytest
 import torch
 from conftest import tiny_bert, tiny_llama
@@ -21,6 +19,11 @@ from hf_lpdecay.card import make_card, read_record
 from hf_lpdecay.evaluation import lm_eval_scores, perplexity, text_loss
 from hf_lpdecay.sparsity import select_parameters
 from hf_lpdecay.training.record import update_record
+
+
+evaluate = pytest.importorskip("evaluate")
+
+import evaluate_models  # noqa: E402
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -20,6 +20,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_five_steps_run(tmp_path, capsys, monkeypatch, language_model, texts):
+    pytest.importorskip("zstandard")
     train, evaluate, smaller, push = PYTHON[:4]
     monkeypatch.chdir(tmp_path)
     train = train.replace("HuggingFaceTB/SmolLM2-135M", str(language_model))

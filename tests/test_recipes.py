@@ -114,6 +114,8 @@ def test_ctrl_c_leaves_a_run_that_the_same_command_finishes_with_the_same_bits(c
 
 @pytest.mark.parametrize("kind", ["tsv", "csv", "json", "parquet"])
 def test_classification_from_local_files(kind, language_model, tmp_path, capsys):
+    for package in ("datasets", "evaluate"):
+        pytest.importorskip(package)
     bert = tmp_path / "bert"
     tiny_bert(vocab_size=512).bert.save_pretrained(bert)
     AutoTokenizer.from_pretrained(language_model).save_pretrained(bert)
@@ -146,6 +148,7 @@ def test_classification_from_local_files(kind, language_model, tmp_path, capsys)
 
 def test_a_dataset_by_its_hub_id(command, tmp_path, texts, capsys):
     """A folder is to `load_dataset` what an id of the hub is."""
+    pytest.importorskip("datasets")
     folder = tmp_path / "dataset"
     folder.mkdir()
     for split, dataset in zip(("train", "validation"), texts):

@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-import sft
 from peft import PeftModel
 from stdlib_text import load_stdlib_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lpdecay import measure_sparsity
+
+
+pytest.importorskip("trl")
+
+import sft
 
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs" / "smollm2-135m"

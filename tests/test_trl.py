@@ -5,13 +5,14 @@ import sys
 
 import pytest
 from conftest import arguments, same_bits, weights
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lpdecay import LpDecayConfig, LpDecayMixin, measure_sparsity
 
 
 trl = pytest.importorskip("trl")
+
+from datasets import Dataset  # noqa: E402
 
 from hf_lpdecay.training.trl import LpDecaySFTTrainer  # noqa: E402
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..sparsity.checkpoint import weight_files
-from .codec import PIECE, Piece, decode, encode
+from .codec import PIECE, Piece, decode, encode, zstandard
 from .stored import ShardReader, ShardWriter, StoredTensor, parse_header, read_header
 
 
@@ -48,6 +48,7 @@ def pack(model_dir: str | os.PathLike, out: str | os.PathLike) -> dict[str, int]
 
     Raises:
         FileNotFoundError: If there are no safetensors in the folder.
+        ImportError: If zstandard is not installed.
         ValueError: If weights are pickled (no pickle is ever opened; of a Trainer's `training_args.bin` the bytes are
             kept), a file is damaged or cannot be kept, or `out` is not empty.
 
@@ -58,6 +59,7 @@ def pack(model_dir: str | os.PathLike, out: str | os.PathLike) -> dict[str, int]
     >>> unpack("outputs/sparse-packed", "outputs/sparse-again")
     ```
     """
+    zstandard()  # installed?
     folder = Path(model_dir)
     weight_files(folder)  # all there?
     if Path(out).resolve().is_relative_to(folder.resolve()):
@@ -98,8 +100,10 @@ def unpack(archive: str | os.PathLike, out: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: If there is no archive, or a part of it is missing.
+        ImportError: If zstandard is not installed.
         ValueError: If the archive is damaged, of another version, or `out` is not empty. Nothing is written then.
     """
+    zstandard()  # installed?
     folder = Path(archive)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

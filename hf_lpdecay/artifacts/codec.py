@@ -6,9 +6,10 @@ that all bits are: -0.0 is a value.
 """
 
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import numpy as np
-import zstandard
 
 
 # Entries per piece: small enough for several at a time, large enough for the compressor.
@@ -32,6 +33,20 @@ class Piece:
     parts: list[bytes]
 
 
+@cache
+def zstandard() -> ModuleType:
+    """The compressor's module, imported when an archive is first written or read: nothing else needs it.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ImportError("Archives need the package zstandard: pip install zstandard.") from error
+    return zstandard
+
+
 def encode(data: bytes | memoryview, size: int, is_float: bool) -> Piece:
     """Compress some entries of a tensor.
 
@@ -47,7 +62,7 @@ def encode(data: bytes | memoryview, size: int, is_float: bool) -> Piece:
     mask_part = b""
     if 0 < nonzeros < len(words):
         if _is_rare(nonzeros, len(words)):
-            mask_part = zstandard.ZstdCompressor(level=_PLANE_LEVEL).compress(_gaps(places).tobytes())
+            mask_part = zstandard().ZstdCompressor(level=_PLANE_LEVEL).compress(_gaps(places).tobytes())
         else:
             mask_part = _compress(np.packbits(mask, bitorder="little").tobytes(), _MASK_LEVEL)
     if is_float:
@@ -112,10 +127,10 @@ def _gaps(places: np.ndarray) -> np.ndarray:
 def _places(part: bytes, nonzeros: int, count: int) -> np.ndarray:
     """Where the values are, from the gaps."""
     try:
-        size = zstandard.frame_content_size(part)
+        size = zstandard().frame_content_size(part)
         if not nonzeros <= size <= nonzeros + count // 255:  # before memory is taken for it
             raise ValueError(f"{size} gaps for {nonzeros} values among {count} entries")
-    except zstandard.ZstdError as error:
+    except zstandard().ZstdError as error:
         raise ValueError(str(error)) from error
     coded = np.frombuffer(_decompress(part, size), np.uint8)
     ends = np.flatnonzero(coded != 255)
@@ -126,7 +141,7 @@ def _places(part: bytes, nonzeros: int, count: int) -> np.ndarray:
 
 
 def _compress(data: bytes, level: int) -> bytes:
-    compressed = zstandard.ZstdCompressor(level=level).compress(data)
+    compressed = zstandard().ZstdCompressor(level=level).compress(data)
     return compressed if len(compressed) < len(data) else data
 
 
@@ -134,8 +149,8 @@ def _decompress(data: bytes, size: int) -> bytes:
     if len(data) == size:
         return data
     try:
-        if zstandard.frame_content_size(data) != size:  # before memory is taken for it
+        if zstandard().frame_content_size(data) != size:  # before memory is taken for it
             raise ValueError(f"a part does not hold {size} bytes")
-        return zstandard.ZstdDecompressor().decompress(data)
-    except zstandard.ZstdError as error:
+        return zstandard().ZstdDecompressor().decompress(data)
+    except zstandard().ZstdError as error:
         raise ValueError(str(error)) from error

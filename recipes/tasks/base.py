@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import evaluate
 import torch
 from data import DataArguments
-from datasets import Dataset
+from rows import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, default_data_collator
 
@@ -132,6 +131,8 @@ def forward_batches(
 
 def load_metric(name: str):
     """A metric of recipes/metrics, which needs no hub."""
+    import evaluate  # language models do without
+
     return evaluate.load(str(METRICS / f"{name}.py"))
 
 

@@ -1,7 +1,7 @@
 """Token classifiers: a tag for each word, such as the names of people and places; F1 of whole entities."""
 
 from data import head, load_texts
-from datasets import ClassLabel
+from rows import ClassLabel
 from transformers import AutoConfig, AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from tasks.base import Task, check_columns, check_fast, forward_batches, load_metric
