@@ -52,7 +52,9 @@ def kernel_tests(check: Check) -> dict[str, Any]:
             check.record(counts)
 
     files = {path for path in TESTS.glob("test_*.py") if "gpu" in path.read_text(encoding="utf-8")}
-    code = pytest.main(["-m", "gpu", "-p", "no:cacheprovider", *map(str, sorted(files))], plugins=[Counter()])
+    code = pytest.main(
+        ["-o", "addopts=-q", "-m", "gpu", "-p", "no:cacheprovider", *map(str, sorted(files))], plugins=[Counter()]
+    )
     if code or not counts["passed"] + check.rehearse * counts["skipped"]:
         raise RuntimeError(f"pytest ended with {code!r}; failed: {', '.join(counts['failures']) or 'none'}")
     return counts

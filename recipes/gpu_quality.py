@@ -157,7 +157,7 @@ def train(check: Check) -> dict[str, Any]:
     script, lp_config, args, _ = finetune.parse(
         [*argv, "--model_name_or_path", model], compare.CompareArguments, compare.__doc__
     )
-    data = finetune.load_data(script)
+    task = finetune.load_task(script)
     result: dict[str, Any] = {"rows": [], "runs": [], "options": argv}
     for method, target in (
         ("dense", None),
@@ -168,7 +168,7 @@ def train(check: Check) -> dict[str, Any]:
     ):
         free()
         config = replace(lp_config, target_sparsity=target or 0.5)
-        run = {"method": method, **compare.run(script, config, args, data, method, 0), "peak_gb": gigabytes()}
+        run = {"method": method, **compare.run(script, config, args, task, method, 0), "peak_gb": gigabytes()}
         result["runs"].append(run)
         name = {"dense": "dense fine-tuning", "lp": "decay", "gmp-compensate": "hard cut"}[method]
         name += f" to {target:.0%}" if target else ""
