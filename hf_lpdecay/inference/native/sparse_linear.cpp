@@ -1,9 +1,19 @@
 // y = x W^T + bias for a W with many zeros, kept as a bit mask (or column numbers) and the values that are not zero.
 //
-// Compiled by kernels.py, for one type of the values and one instruction set at a time:
+// Compiled by kernels.py, for one type of the values at a time:
 //   VALUE      float, bf16 or f16
 //   VALUE_IS   the same as a Type
-//   ISA_AVX512, ISA_AVX2, ISA_NEON or ISA_PLAIN
+//   ISA_PLAIN  if nothing but the plain loop is wanted; else the best is taken that the compiler's target has
+#if !defined(ISA_PLAIN)
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define ISA_AVX512
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define ISA_AVX2
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#define ISA_NEON
+#endif
+#endif
+
 #include "common.h"
 #include "plain.h"
 
@@ -124,6 +134,18 @@ extern "C" void decode(const Layer* layer, void* y, int64_t as_float, int64_t th
     call.work = as_float ? plain_decode<float> : plain_decode<VALUE>;
 #endif
     run(call, threads, parallel);
+}
+
+extern "C" const char* instruction_set() {
+#if defined(ISA_AVX512)
+    return "avx512";
+#elif defined(ISA_AVX2)
+    return "avx2";
+#elif defined(ISA_NEON)
+    return "neon";
+#else
+    return "plain";
+#endif
 }
 
 // Whether this process may use AMX.
