@@ -23,6 +23,8 @@ from .archive import PICKLE_SUFFIXES
 
 logger = logging.get_logger(__name__)
 
+# Of the archive in a repository or a folder.
+PACKED_FOLDER = "packed"
 # What a training leaves beside its model. Hidden files stay as well.
 _NOT_PUSHED = (
     *("checkpoint-*", "__pycache__", "*.tmp", "training_args.bin", "trainer_state.json", "run.yaml"),

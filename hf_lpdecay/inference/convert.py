@@ -148,7 +148,7 @@ def keeps_float32(model: nn.Module, name: str) -> bool:
 def check_layer(name: str, module: nn.Module) -> None:
     """Whether a layer can be packed at all."""
     weight = module.weight
-    if type(module) not in (nn.Linear, Conv1D) and not type(module).forward is nn.Linear.forward:
+    if type(module) not in (nn.Linear, Conv1D) and type(module).forward is not nn.Linear.forward:
         raise ValueError(
             f"{name} is a {type(module).__name__}, which computes its product in a way of its own (quantized, or an"
             " adapter's): load the model unquantized, merge the adapter, or leave the layer out with exclude_modules."

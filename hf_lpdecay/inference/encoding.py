@@ -1,5 +1,6 @@
 """From a dense weight to positions and values, and back, in torch operations: on any device, and the kernels' slow twin."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,3 +85,32 @@ def decode_slowly(weight: Weight) -> Tensor:
     bits = weight.positions[:-PADDING].view(rows, stride, 1) >> shifts & 1
     out[bits.view(rows, 8 * stride)[:, :cols].bool()] = values
     return out
+
+
+def pad_rows(mask: Tensor, values: Tensor, rows: int, cols: int) -> Weight:
+    """A weight from one mask for all its entries, in which rows need not begin at a byte.
+
+    Args:
+        mask (`torch.Tensor`): uint8, lowest bit first, and 64 bytes of padding.
+        values (`torch.Tensor`): With 64 bytes of padding.
+        rows, cols (`int`): The weight's shape.
+    """
+    stride = -(-cols // 8)
+    if cols % 8:
+        bits = np.unpackbits(mask[:-PADDING].numpy(), bitorder="little")[: rows * cols].reshape(rows, cols)
+        mask = torch.cat([torch.from_numpy(np.packbits(bits, 1, bitorder="little")).flatten(), mask[-PADDING:]])
+    counts = np.bitwise_count(mask[: rows * stride].numpy().reshape(rows, stride)).sum(1, dtype=np.int64)
+    starts = torch.zeros(rows + 1, dtype=torch.int64)
+    torch.cumsum(torch.from_numpy(counts), 0, out=starts[1:])
+    return Weight(mask, values, starts, cols, False)
+
+
+def to_columns(weight: Weight) -> Weight:
+    """The same weight, with columns in place of the bit mask, on a CPU."""
+    stride, step = -(-weight.cols // 8), max(1, _PART // max(1, weight.cols))
+    parts = []
+    for part in weight.positions[:-PADDING].view(weight.rows, stride).split(step):
+        bits = np.unpackbits(part.numpy(), 1, count=weight.cols, bitorder="little")
+        parts.append(torch.from_numpy(bits.nonzero()[1].astype(np.uint16).view(np.uint8)))
+    parts.append(weight.positions[-PADDING:])
+    return weight._replace(positions=torch.cat(parts), columns=True)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from . import kernels
 from .kernels import Weight
+from .sparse_linear import NO_TRAINING
 
 
 _ROUNDS = 5
@@ -34,12 +35,14 @@ class PackedHead(nn.Linear):
         values = self.weight.detach().view(-1)
         if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
             return torch.ops.hf_lpdecay.sparse_linear(x, self.positions, values, self.starts, self.bias, False)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(NO_TRAINING)
         kernel = kernels.kernel_for(values.dtype)
         if isinstance(kernel, str):
             raise RuntimeError(kernel)
         bias = None if self.bias is None else self.bias.detach().to(x.dtype)
         weight = Weight(self.positions, values, self.starts, self.in_features, False)
-        return kernels.linear(kernel, weight, bias, x.detach())
+        return kernels.linear(kernel, weight, bias, x)
 
 
 class CastEmbedding(nn.Embedding):

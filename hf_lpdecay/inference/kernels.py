@@ -18,7 +18,9 @@ from ..native import load_library
 logger = logging.get_logger(__name__)
 
 _FOLDER = Path(__file__).parent / "native"
-_SOURCES = tuple(_FOLDER / name for name in ("sparse_linear.cpp", "common.h", "plain.h", "lanes.h", "avx512.h", "amx.h"))
+_SOURCES = tuple(
+    _FOLDER / name for name in ("sparse_linear.cpp", "common.h", "plain.h", "lanes.h", "avx512.h", "amx.h")
+)
 _TYPES = {torch.float32: ("float", 0), torch.bfloat16: ("bf16", 1), torch.float16: ("f16", 2)}
 _LAYER = struct.Struct("=7q")  # common.h's Layer
 # Instruction sets that can be asked for, and what the compiler is told. "native": the best that this processor has.

@@ -69,7 +69,7 @@ class SparseLinear(nn.Module):
                 x, self.positions, self.values, self.starts, self.bias, self.columns
             )
         if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(_NO_TRAINING)
+            raise RuntimeError(NO_TRAINING)
         call = self._calls.get(x.dtype)
         if call is None:
             call = self._calls[x.dtype] = _prepare(self.packed, self.bias, x.dtype)
@@ -78,7 +78,7 @@ class SparseLinear(nn.Module):
     def train(self, mode: bool = True) -> "SparseLinear":
         """Only the mode for inference is to be had."""
         if mode:
-            raise RuntimeError(_NO_TRAINING)
+            raise RuntimeError(NO_TRAINING)
         return super().train(mode)
 
     def extra_repr(self) -> str:
@@ -116,7 +116,7 @@ class SparseLinear(nn.Module):
         self._calls = {}
 
 
-_NO_TRAINING = (
+NO_TRAINING = (
     "A sparse layer is for inference and cannot be trained: hf_lpdecay.inference.to_dense(model) gives the dense model"
     " back (or load the checkpoint again), and LpDecayConfig(freeze_zeros=True) keeps its zeros in training."
 )
@@ -155,9 +155,7 @@ def _(x, positions, values, starts, bias, columns):
 
 
 def _refuse(ctx, *args):
-    raise RuntimeError(_NO_TRAINING)
+    raise RuntimeError(NO_TRAINING)
 
 
 sparse_linear.register_autograd(_refuse)
-
-
