@@ -3,8 +3,8 @@
     python recipes/benchmark_layers.py
     HF_LPDECAY_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python recipes/benchmark_layers.py
 
-The second command shows a machine with AVX2 alone: without the last two variables torch's dense products would still use
-what this machine has.
+The second command shows a machine with AVX2 alone: without the last two variables torch's dense products would still
+use what this machine has.
 """
 
 import argparse

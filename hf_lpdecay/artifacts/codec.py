@@ -87,8 +87,8 @@ def decode_packed(piece: Piece, count: int, size: int, is_float: bool) -> tuple[
     """As [`decode`], but the zeros are not written out.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: One bit for each entry, lowest first, as bytes; and the values that are not zero,
-            as unsigned integers of `size` bytes.
+        `tuple[np.ndarray, np.ndarray]`: One bit for each entry, lowest first, as bytes; and the values that are not
+            zero, as unsigned integers of `size` bytes.
     """
     _check(piece, count, size)
     values = _values(piece, size, is_float) if piece.nonzeros else np.zeros(0, _WORDS[size])

@@ -83,8 +83,8 @@ def push_to_hub(
         private (`bool`, *optional*, defaults to `False`): Make it private, and push to no public one.
         token (`str`, *optional*): Defaults to the environment's `HF_TOKEN` or the login that `hf auth login` keeps.
         revision (`str`, *optional*): Branch to push to, made if it does not exist. Defaults to `main`.
-        packed (`bool` or `str`, *optional*, defaults to `False`): Push an archive of [`pack`] too, in the folder `packed`,
-            from which [`~hf_lpdecay.load_sparse`] loads the model; with `"only"` in place of the dense weights.
+        packed (`bool` or `str`, *optional*, defaults to `False`): Push an archive of [`pack`] too, in the folder
+            `packed`, from which [`~hf_lpdecay.load_sparse`] loads the model; with `"only"` in place of the dense weights.
         dry_run (`bool`, *optional*, defaults to `False`): Only say what would be pushed; nothing is written anywhere.
         commit_message (`str`, *optional*, defaults to `"Upload a sparse model"`): Of the commit.
 
@@ -93,7 +93,8 @@ def push_to_hub(
 
     Raises:
         FileNotFoundError: If config.json or safetensors are missing, or if the hub has no such namespace or branch.
-        ValueError: If `packed` is something else, the folder has pickled weights, sparsity.json is of another model, or a name is not valid.
+        ValueError: If `packed` is something else, the folder has pickled weights, sparsity.json is of another
+            model, or a name is not valid.
         PermissionError: If there is no token, or it may not do this.
         ConnectionError: If the hub cannot be reached or fails.
         OSError: If the hub refuses for another reason.

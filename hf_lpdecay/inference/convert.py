@@ -25,8 +25,8 @@ def to_sparse(
 ) -> nn.Module:
     """Make a sparse model smaller in memory and faster, for inference: its linear layers keep their non-zero values.
 
-    A layer is replaced only where that is faster on this machine, which is measured once for each shape; the others stay
-    dense, such as those with few zeros. Outputs are those of the dense model but for rounding (sums are float32), and
+    A layer is replaced only where that is faster on this machine, which is measured once for each shape; the others
+    stay dense, such as those with few zeros. Outputs are those of the dense model but for rounding (sums are float32), and
     `save_pretrained` writes the ordinary dense checkpoint. `state_dict()` decodes every weight: it takes the memory of
     the dense model while it exists. [`to_dense`] gives the dense model back.
 
@@ -140,7 +140,7 @@ def layer_bytes(module: SparseLinear) -> int:
 
 
 def keeps_float32(model: nn.Module, name: str) -> bool:
-    """Whether a model wants a layer in float32 whatever its own type is (T5's `wo`), and looks at its weight for that."""
+    """Whether a model wants a layer in float32 in any case, and looks at its weight for that: T5's `wo`."""
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     return any(part in kept for part in name.split("."))
 

@@ -1,4 +1,4 @@
-"""From a dense weight to positions and values, and back, in torch operations: on any device, and the kernels' slow twin."""
+"""From a dense weight to positions and values, and back, on any device."""
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def encode(weight: Tensor, columns: bool = False) -> Weight:
     Returns:
         `Weight`: On the same device.
     """
-    rows, cols = weight.shape
+    cols = weight.shape[1]
     step = max(1, _PART // max(1, cols))
     powers = (2 ** torch.arange(8, device=weight.device)).to(torch.uint8)
     positions, values, counts = [], [], []

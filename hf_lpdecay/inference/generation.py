@@ -46,8 +46,8 @@ def generate_text(
         stream (`IO[str]`, *optional*): Where the text is printed as it is made. Defaults to the standard output.
 
     Returns:
-        `dict[str, Any]`: `text`, `new_tokens`, `seconds` of the generation, `tokens_per_second` (with the prompt's time),
-            `weight_bytes` of the model and `peak_bytes` of the process.
+        `dict[str, Any]`: `text`, `new_tokens`, `seconds` of the generation, `tokens_per_second` (with the prompt's
+            time), `weight_bytes` of the model and `peak_bytes` of the process.
 
     Raises:
         FileNotFoundError, ValueError: See [`load_sparse`].
@@ -59,9 +59,8 @@ def generate_text(
     else:
         folder = path
         if os.path.isfile(os.path.join(path, MANIFEST)):
-            raise ValueError(
-                f"{path} is an archive, which is loaded sparse, or unpacked first: lpdecay unpack {path} OUT."
-            )
+            raise ValueError(f"{path} is an archive: load it sparse, or unpack it first (lpdecay unpack {path} OUT).")
+
         model = AutoModelForCausalLM.from_pretrained(path, dtype=kind or "auto")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

@@ -31,8 +31,8 @@ INSTRUCTION_SETS = {
 }
 # Bytes that may be read past the end of positions and values.
 PADDING = 64
-# Weights that are decoded at a time when there are many rows: they stay in the cache until they are multiplied.
-_TILE_BYTES = 4 << 20
+# Of the weight that is decoded at a time when there are many rows; smaller parts made torch's product slower.
+_TILE_BYTES = 32 << 20
 
 
 class Weight(NamedTuple):
@@ -135,8 +135,8 @@ def kernel_for(dtype: torch.dtype, instructions: str | None = None) -> Kernel | 
 def linear(kernel: Kernel, weight: Weight, bias: Tensor | None, x: Tensor, layer: bytes | None = None) -> Tensor:
     """`x W^T + bias` on a CPU.
 
-    Few rows of `x` are multiplied by the packed weight itself. For many rows the weight is decoded, a part that fits
-    into the cache at a time, for torch's dense product.
+    Few rows of `x` are multiplied by the packed weight itself. For many rows the weight is decoded, 32 MB at a
+    time, for torch's dense product.
 
     Args:
         kernel (`Kernel`): For the values' type.
@@ -157,7 +157,7 @@ def linear(kernel: Kernel, weight: Weight, bias: Tensor | None, x: Tensor, layer
         return y
     flat, out = x.view(n, weight.cols), y.view(n, weight.rows)
     # Twice the same weight is still faster than a dense product of so few rows, four times where values are rare.
-    if n <= most * (4 if weight.columns else 1 if most == 32 else 2):
+    if n <= most * (4 if weight.columns else 1 if most > 32 else 2):
         layer = layer or kernel.describe(weight, bias)
         for part, result in zip(flat.split(most), out.split(most)):
             kernel.multiply(layer, part, result, len(part))

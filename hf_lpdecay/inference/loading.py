@@ -106,7 +106,7 @@ def load_sparse(
         loader.take(name, kind, shape, parts)
     model.tie_weights()
     if any(param.is_meta for param in model.parameters()):
-        # The files call the weights by other names (experts one by one, for example): Transformers knows how to read it.
+        # The files call the weights by other names (experts one by one, for example): Transformers can read that.
         return _load_dense_first(folder, packed, cls, dtype, target_modules, exclude_modules)
     if (folder / GENERATION_CONFIG_NAME).is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)

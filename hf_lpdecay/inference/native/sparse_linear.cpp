@@ -62,7 +62,7 @@ static const float* transposed(const void* x, int64_t type, int64_t n, int64_t c
 extern "C" int64_t most_rows(int64_t columns, int64_t type, int64_t amx) {
 #if defined(ISA_AVX512)
 #ifdef HAS_AMX
-    if (!columns && amx && type == BF16 && VALUE_IS == BF16) return 32;
+    if (!columns && amx && type == BF16 && VALUE_IS == BF16) return AMX_ROWS;
 #endif
     return columns ? 16 : 8;
 #else
@@ -93,7 +93,7 @@ extern "C" void multiply(const Layer* layer, const void* x, void* y, int64_t n, 
                 for (int64_t k = 0; k + 1 < layer->cols; k += 2) memcpy((void*)(to + k * 16), from + k, 4);
                 if (layer->cols % 2) to[(layer->cols - 1) * 16] = from[layer->cols - 1];
             }
-            call.x = out, call.work = blocks == 1 ? amx_bits<1> : amx_bits<2>;
+            call.x = out, call.work = amx_bits;
             return run(call, threads, parallel);
         }
 #endif
