@@ -84,7 +84,8 @@ def push_to_hub(
         token (`str`, *optional*): Defaults to the environment's `HF_TOKEN` or the login that `hf auth login` keeps.
         revision (`str`, *optional*): Branch to push to, made if it does not exist. Defaults to `main`.
         packed (`bool` or `str`, *optional*, defaults to `False`): Push an archive of [`pack`] too, in the folder
-            `packed`, from which [`~hf_lpdecay.load_sparse`] loads the model; with `"only"` in place of the dense weights.
+            `packed`, from which [`~hf_lpdecay.load_sparse`] loads the model; with `"only"` in place of the dense
+            weights.
         dry_run (`bool`, *optional*, defaults to `False`): Only say what would be pushed; nothing is written anywhere.
         commit_message (`str`, *optional*, defaults to `"Upload a sparse model"`): Of the commit.
 

@@ -26,9 +26,9 @@ def to_sparse(
     """Make a sparse model smaller in memory and faster, for inference: its linear layers keep their non-zero values.
 
     A layer is replaced only where that is faster on this machine, which is measured once for each shape; the others
-    stay dense, such as those with few zeros. Outputs are those of the dense model but for rounding (sums are float32), and
-    `save_pretrained` writes the ordinary dense checkpoint. `state_dict()` decodes every weight: it takes the memory of
-    the dense model while it exists. [`to_dense`] gives the dense model back.
+    stay dense, such as those with few zeros. Outputs are those of the dense model but for rounding (sums are float32),
+    and `save_pretrained` writes the ordinary dense checkpoint. `state_dict()` decodes every weight and
+    takes the dense model's memory. [`to_dense`] gives the dense model back.
 
     Args:
         model (`nn.Module`): Any model with `nn.Linear` or `Conv1D`, on a CPU (compiled kernels for AVX-512, AVX2 and
