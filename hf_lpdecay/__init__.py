@@ -6,8 +6,9 @@ from ._lazy import attach
 
 
 if TYPE_CHECKING:
-    from .artifacts import pack, push_to_hub, shrink, to_semi_structured, to_sparse_csr, trim_rank, unpack
+    from .artifacts import pack, push_to_hub, shrink, trim_rank, unpack
     from .config import LpDecayConfig
+    from .inference import load_sparse, to_semi_structured, to_sparse
     from .optim import LpAdamW, LpDecay
     from .sparsity import SparsityReport, measure_sparsity
     from .training import (
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     )
 
 _MODULES = {
-    "artifacts": ("pack", "push_to_hub", "shrink", "to_semi_structured", "to_sparse_csr", "trim_rank", "unpack"),
+    "artifacts": ("pack", "push_to_hub", "shrink", "trim_rank", "unpack"),
     "config": ("LpDecayConfig",),
     "evaluation": (),
+    "inference": ("load_sparse", "to_semi_structured", "to_sparse"),
     "optim": ("LpAdamW", "LpDecay"),
     "sparsity": ("SparsityReport", "measure_sparsity"),
     "training": (
@@ -46,13 +48,14 @@ __all__ = [
     "Sparsifier",
     "SparsityCallback",
     "SparsityReport",
+    "load_sparse",
     "measure_sparsity",
     "merge_sparse",
     "pack",
     "push_to_hub",
     "shrink",
     "to_semi_structured",
-    "to_sparse_csr",
+    "to_sparse",
     "trim_rank",
     "unpack",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `lpdecay report | eval | pack | unpack | shrink | push`."""
+"""The command line: `lpdecay report | eval | generate | pack | unpack | shrink | push`."""
 
 import argparse
 import json
@@ -18,6 +18,7 @@ examples:
   lpdecay report outputs/sparse outputs/tuned            which zeros were gained and lost in between
   lpdecay report outputs/tuned --against outputs/sparse  fails if a zero of outputs/sparse was lost
   lpdecay eval outputs/sparse --file test.txt --context_length 256
+  lpdecay generate outputs/sparse --prompt "Once upon a time"   sparse, with tokens/s and memory at the end
   lpdecay pack outputs/sparse outputs/sparse-packed      a lossless archive, much smaller
   lpdecay unpack outputs/sparse-packed outputs/again     every file as it was
   lpdecay shrink outputs/neurons outputs/small           cut zero neurons and heads out
@@ -124,6 +125,7 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=int, help="From one window to the next (default: the context length).")
     parser.add_argument("--max_windows", type=int, help="Read that many windows at most.")
     parser.add_argument("--batch_size", type=int, default=8, help="Windows read at once (default: 8).")
+    parser.add_argument("--sparse", action="store_true", help="Load it as load_sparse does; an archive is taken, too.")
 
 
 def _eval(options: argparse.Namespace) -> Result:
@@ -137,10 +139,17 @@ def _eval(options: argparse.Namespace) -> Result:
     from .evaluation import text_loss
 
     text = Path(options.file).read_text(encoding="utf-8")
-    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    if options.sparse:
+        from .inference.loading import find_folder, load_sparse
+
+        folder = find_folder(options.folder)
+        model = load_sparse(folder, dtype=torch.float32)
+    else:
+        folder = options.folder
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     loss = text_loss(
         model, tokenizer, text, options.context_length, options.stride, options.max_windows, options.batch_size
     )
@@ -150,6 +159,40 @@ def _eval(options: argparse.Namespace) -> Result:
         f"perplexity {loss.perplexity:.4g} per token (95 % interval {low:.4g} - {high:.4g}),"
         f" {loss.word_perplexity:.4g} per word; {result['tokens']:,} tokens in {result['windows']} windows of"
         f" {loss.context_length}, stride {loss.stride}"
+    )
+    return result, said, False
+
+
+def _generate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="Folder of a causal language model, an archive, or a hub id.")
+    parser.add_argument("--prompt", required=True, help="Text to go on from.")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="Tokens to generate (default: 128).")
+    parser.add_argument("--do_sample", action="store_true", help="Draw tokens instead of taking the likeliest.")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="Default: as stored.")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--sparse", action="store_true", default=True, help="As load_sparse loads it (default).")
+    kind.add_argument("--dense", action="store_false", dest="sparse", help="As from_pretrained loads it, to compare.")
+
+
+def _generate(options: argparse.Namespace) -> Result:
+    """Generate text with a causal language model, and say how fast that was and how much memory it took.
+
+    The text is printed as it is made, with --json to stderr.
+    """
+    from .inference.generation import generate_text
+
+    result = generate_text(
+        options.path,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        do_sample=options.do_sample,
+        dtype=options.dtype,
+        sparse=options.sparse,
+        stream=sys.stderr if options.json else sys.stdout,
+    )
+    said = (
+        f"\n{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s;"
+        f" {result['weight_bytes'] / 1e6:,.0f} MB of weights, {result['peak_bytes'] / 1e6:,.0f} MB at the peak"
     )
     return result, said, False
 
@@ -227,6 +270,13 @@ def _push_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo_id", help="namespace/name on the hub.")
     parser.add_argument("--private", action="store_true", help="Make it private, and push to no public one.")
     parser.add_argument("--revision", help="Branch (default: main).")
+    parser.add_argument(
+        "--packed",
+        nargs="?",
+        const="beside",
+        choices=("beside", "only"),
+        help="Push an archive for load_sparse beside the dense weights, or it only.",
+    )
     parser.add_argument("--dry_run", action="store_true", help="Only list what would be pushed.")
 
 
@@ -242,6 +292,7 @@ def _push(options: argparse.Namespace) -> Result:
         options.repo_id,
         private=options.private,
         revision=options.revision,
+        packed="only" if options.packed == "only" else options.packed is not None,
         dry_run=options.dry_run,
     )
     return asdict(push), str(push), False
@@ -250,6 +301,7 @@ def _push(options: argparse.Namespace) -> Result:
 COMMANDS: tuple[tuple[str, Callable, Callable[[argparse.Namespace], Result]], ...] = (
     ("report", _report_options, _report),
     ("eval", _eval_options, _eval),
+    ("generate", _generate_options, _generate),
     ("pack", _pack_options, _pack),
     ("unpack", _unpack_options, _unpack),
     ("shrink", _shrink_options, _shrink),

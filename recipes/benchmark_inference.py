@@ -1,12 +1,13 @@
 """How fast and how large models are for inference, side by side in one run.
 
     python recipes/benchmark_inference.py outputs/dense outputs/dense-shrunk
-    python recipes/benchmark_inference.py outputs/sparse-98 --csr outputs/sparse-98
+    python recipes/benchmark_inference.py outputs/sparse --sparse outputs/sparse --dtype bfloat16
 
 Each model lives in a process of its own (so that its memory is its own) and is timed in turns with the others.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import platform
@@ -19,11 +20,15 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
-from hf_lpdecay import to_sparse_csr
+from hf_lpdecay import to_sparse
+from hf_lpdecay.inference import SparseLinear
+from hf_lpdecay.inference.convert import layer_bytes
 from hf_lpdecay.sparsity.report import write_text
 
 
+OTHER_DTYPE = {"float32": "bfloat16", "bfloat16": "float32"}
 AUTO_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "text-classification": AutoModelForSequenceClassification,
@@ -34,8 +39,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="Folders of models; the first is the reference.")
     parser.add_argument("--task", default="causal-lm", choices=tuple(AUTO_CLASSES), help="Default: causal-lm.")
-    parser.add_argument("--csr", nargs="+", default=[], help="Folders to run with to_sparse_csr, beside the others.")
+    parser.add_argument("--sparse", nargs="+", default=[], help="Folders to run with to_sparse, beside the others.")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="Of the weights.")
+    parser.add_argument("--other_dtype", nargs="+", default=[], help="Folders to run, dense, in the other dtype too.")
     parser.add_argument("--batch_size", type=int, default=1, help="Prompts at a time (default: 1).")
     parser.add_argument("--prompt_tokens", type=int, default=256, help="Length of the prompt (default: 256).")
     parser.add_argument("--new_tokens", type=int, default=64, help="Tokens to generate (default: 64).")
@@ -43,7 +49,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads.")
     parser.add_argument("--results_file", default="outputs/benchmark_inference.json", help="JSON file to write.")
     options = parser.parse_args(argv)
-    for folder in (*options.models, *options.csr):
+    for folder in (*options.models, *options.sparse, *options.other_dtype):
         if not (Path(folder) / "config.json").is_file():
             print(f"benchmark_inference.py: error: {folder!r} has no config.json.", file=sys.stderr)
             return 2
@@ -64,16 +70,16 @@ def measure(options: argparse.Namespace) -> list[dict]:
     context = multiprocessing.get_context("spawn")
     workers, results = [], []
     try:
-        for folder, csr in (
-            *((folder, False) for folder in options.models),
-            *((folder, True) for folder in options.csr),
-        ):
+        runs = [(folder, "") for folder in options.models]
+        runs += [(folder, "sparse") for folder in options.sparse]
+        runs += [(folder, OTHER_DTYPE[options.dtype]) for folder in options.other_dtype]
+        for folder, how in runs:
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, folder, csr, vars(options)), daemon=True)
+            process = context.Process(target=serve, args=(theirs, folder, how, vars(options)), daemon=True)
             process.start()
             theirs.close()  # so that a process that stops is noticed
             workers.append((process, ours))
-            name = f"{folder} (CSR)" if csr else folder
+            name = f"{folder} ({how})" if how else folder
             results.append({"model": name, **ours.recv()})
         for turn in tqdm(range(options.repeats + 1), desc="Rounds"):
             for (_, connection), result in zip(workers, results):
@@ -96,20 +102,25 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
 
 @torch.inference_mode()
-def serve(connection, folder: str, csr: bool, options: dict) -> None:
+def serve(connection, folder: str, how: str, options: dict) -> None:
     """In a process of its own: load a model, and time a prompt (and a generation) whenever asked."""
     torch.set_num_threads(options["threads"])
     before = psutil.Process().memory_info().rss
-    model = AUTO_CLASSES[options["task"]].from_pretrained(folder, dtype=getattr(torch, options["dtype"])).eval()
-    if csr:
-        to_sparse_csr(model)
+    dtype = getattr(torch, how if how in OTHER_DTYPE else options["dtype"])
+    model = AUTO_CLASSES[options["task"]].from_pretrained(folder, dtype=dtype).eval()
+    parameters, linear = model.num_parameters(), linear_bytes(model)
+    if how == "sparse":
+        to_sparse(model)
+    gc.collect()
     generator = torch.Generator().manual_seed(0)
     shape = options["batch_size"], options["prompt_tokens"]
     prompt = torch.randint(model.config.vocab_size, shape, generator=generator)
     model(prompt)
     connection.send(
         {
-            "parameters": model.num_parameters(),
+            "parameters": parameters,
+            "linear_bytes": linear_bytes(model),
+            "linear_share": linear_bytes(model) / linear,
             "file_bytes": sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")),
             "memory_bytes": psutil.Process().memory_info().rss - before,
         }
@@ -126,17 +137,25 @@ def serve(connection, folder: str, csr: bool, options: dict) -> None:
         connection.send(seconds)
 
 
+def linear_bytes(model: torch.nn.Module) -> int:
+    """Memory of the weights of all linear layers but the output head."""
+    head = model.get_output_embeddings()
+    kinds = (torch.nn.Linear, Conv1D, SparseLinear)
+    modules = [module for module in model.modules() if isinstance(module, kinds) and module is not head]
+    return sum(layer_bytes(m) if isinstance(m, SparseLinear) else m.weight.nbytes for m in modules)
+
+
 def table(results: list[dict]) -> str:
     """One row per model; speed as a ratio to the first one of the same round, median and spread."""
     timed = {"prefill": "prefill, tokens/s", "generate": "generation, tokens/s"}
     timed = {name: title for name, title in timed.items() if f"{name}_seconds" in results[0]}
-    titles = ["model", "parameters", "file, MB", "memory, MB"]
+    titles = ["model", "parameters", "file, MB", "memory, MB", "linear layers, MB"]
     for title in timed.values():
         titles += [title, "against the first"]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for result in results:
         cells = [Path(result["model"]).name, f"{result['parameters']:,}"]
-        cells += [f"{result[name] / 1e6:.0f}" for name in ("file_bytes", "memory_bytes")]
+        cells += [f"{result[name] / 1e6:.0f}" for name in ("file_bytes", "memory_bytes", "linear_bytes")]
         for name in timed:
             ratios = result[f"{name}_speedups"]
             cells.append(f"{result[f'{name}_tokens_per_second']:.4g}")

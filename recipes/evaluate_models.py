@@ -146,7 +146,8 @@ def latency_options(folders: list[str], options: argparse.Namespace) -> argparse
     return argparse.Namespace(
         models=folders,
         task=options.task,
-        csr=[],
+        sparse=[],
+        other_dtype=[],
         dtype=options.dtype,
         batch_size=1,
         prompt_tokens=options.context_length,

@@ -321,3 +321,20 @@ def test_a_kernel_that_goes_wrong_is_noticed_and_not_used(monkeypatch, alone, fa
     with pytest.raises(RuntimeError, match="goes wrong as Triton compiles it for cpu"):
         triton_kernel.build(case)
     triton_kernel._build.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sparse_layer_on_a_gpu_is_the_plain_one(dtype):
+    from hf_lpdecay.inference import triton_kernel as sparse_kernel
+    from hf_lpdecay.inference.encoding import encode
+
+    torch.manual_seed(0)
+    for rows, cols, n in ((19, 133, 1), (16, 128, 8), (5, 7, 3)):
+        weight = torch.randn(rows, cols).to(dtype)
+        weight[torch.rand(rows, cols) < 0.5] = 0.0
+        x, bias = torch.randn(n, cols).to(dtype), torch.randn(rows).to(dtype)
+        for b in (None, bias):
+            expected = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+            actual = sparse_kernel.linear(encode(weight), b, x)
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance * 5)

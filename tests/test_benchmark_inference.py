@@ -4,12 +4,13 @@ import json
 import statistics
 
 import benchmark_inference
+import benchmark_layers
 import pytest
 from conftest import tiny_llama
-from test_csr import very_sparse
 from test_shrink import with_dead
 
 from hf_lpdecay import shrink
+from hf_lpdecay.sparsity import select_parameters
 
 
 def test_models_side_by_side(tmp_path, capsys):
@@ -31,14 +32,24 @@ def test_models_side_by_side(tmp_path, capsys):
     assert "has no config.json" in capsys.readouterr().err
 
 
-def test_sparse_rows_beside_the_dense_layers(tmp_path, capsys):
-    very_sparse(tiny_llama(hidden_size=256, intermediate_size=2048)).save_pretrained(tmp_path / "sparse")
+def test_sparse_layers_beside_the_dense_ones(tmp_path, capsys):
+    model = tiny_llama(hidden_size=256, intermediate_size=2048)
+    for param in select_parameters(model).values():
+        param.data.view(-1)[::2] = 0.0
+    model.save_pretrained(tmp_path / "sparse")
     flags = ["--prompt_tokens", "4", "--new_tokens", "2", "--repeats", "1", "--threads", "1"]
-    flags += ["--results_file", str(tmp_path / "results.json"), "--csr", str(tmp_path / "sparse")]
+    flags += ["--results_file", str(tmp_path / "results.json"), "--sparse", str(tmp_path / "sparse")]
+    flags += ["--other_dtype", str(tmp_path / "sparse")]
     assert benchmark_inference.main([str(tmp_path / "sparse"), *flags]) == 0
-    dense, csr = json.loads((tmp_path / "results.json").read_text())["models"]
-    assert csr["model"] == f"{dense['model']} (CSR)" and len(csr["generate_seconds"]) == 1
-    assert csr["memory_bytes"] > 0 and "| sparse (CSR) |" in capsys.readouterr().out
-    tiny_llama().save_pretrained(tmp_path / "dense")
-    assert benchmark_inference.main([str(tmp_path / "sparse"), *flags[:-1], str(tmp_path / "dense")]) == 2
-    assert "a model could not be run" in capsys.readouterr().err
+    dense, sparse, low = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert sparse["model"] == f"{dense['model']} (sparse)" and len(sparse["generate_seconds"]) == 1
+    assert low["linear_bytes"] == dense["linear_bytes"] // 2 and sparse["linear_share"] <= 1
+    assert "| sparse (sparse) |" in capsys.readouterr().out
+
+
+def test_layers_shape_by_shape(tmp_path, capsys):
+    flags = ["--shapes", "64x32", "--zeros", "0.5", "0.9", "--rows", "1", "9", "--rounds", "2", "--threads", "1"]
+    assert benchmark_layers.main([*flags, "--results_file", str(tmp_path / "results.json")]) == 0
+    layers = json.loads((tmp_path / "results.json").read_text())["layers"]
+    assert len(layers) == 4 and all(each["speedup"] > 0 and each["memory"] > 0 for each in layers)
+    assert "| 64x32 | 50% | 1 |" in capsys.readouterr().out

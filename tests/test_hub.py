@@ -13,7 +13,7 @@ from conftest import tiny_llama, trainer_for, weights
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 
-from hf_lpdecay import LpDecayConfig, measure_sparsity, push_to_hub
+from hf_lpdecay import LpDecayConfig, load_sparse, measure_sparsity, push_to_hub
 from hf_lpdecay.sparsity import select_parameters
 
 
@@ -265,3 +265,20 @@ def test_a_plain_training_loop_needs_no_hub(tmp_path):
     with pytest.raises(TypeError, match="create_model_card got licence, but takes language, license"):
         trainer.create_model_card(licence="mit")
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer.model).values(), trainer.model.parameters()))
+
+
+@pytest.mark.parametrize("packed", [True, "only"])
+def test_an_archive_beside_or_instead_of_the_dense_weights(online, folder, tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    said = push_to_hub(folder, "me/packed", token=hub_server.TOKEN, packed=packed, dry_run=True)
+    pushed = push_to_hub(folder, "me/packed", token=hub_server.TOKEN, packed=packed)
+    assert set(said.files) == set(pushed.files) and "packed/archive.json" in pushed.files
+    assert ("model.safetensors" in pushed.files) == (packed is True)
+    assert not any("optimizer" in name or "hidden" in name for name in pushed.files)
+    assert 'load_sparse("me/packed")' in (folder / "README.md").read_text()
+    model = load_sparse("me/packed", token=hub_server.TOKEN)
+    expected = load_file(folder / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
+    assert not list((tmp_path / "cache").rglob("model.safetensors"))
+    with pytest.raises(ValueError, match="Invalid packed='x'"):
+        push_to_hub(folder, "me/packed", packed="x")

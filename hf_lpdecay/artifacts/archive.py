@@ -31,7 +31,7 @@ from .stored import ShardReader, ShardWriter, StoredTensor, parse_header, read_h
 VERSION = 1
 MANIFEST = "archive.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_THREADS = max(1, min(4, os.cpu_count() or 1))
+THREADS = max(1, min(4, os.cpu_count() or 1))
 _COPIED = 1 << 20  # bytes at a time
 
 
@@ -72,7 +72,7 @@ def pack(model_dir: str | os.PathLike, out: str | os.PathLike) -> dict[str, int]
     total = sum(sizes) + sum((folder / name).stat().st_size for name in others)
     with (
         written_whole(out) as target,
-        ThreadPoolExecutor(_THREADS) as pool,
+        ThreadPoolExecutor(THREADS) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="Packing") as progress,
     ):
         shards = ShardWriter(target)
@@ -83,7 +83,7 @@ def pack(model_dir: str | os.PathLike, out: str | os.PathLike) -> dict[str, int]
         content = {
             "files": files,
             "shards": shards.close(),
-            "others": [{"name": name, **_copy(folder / name, target / name, progress)} for name in others],
+            "others": [{"name": name, **copy_file(folder / name, target / name, progress)} for name in others],
         }
         manifest = {"version": VERSION, "sha256": _digest(content), "content": content}
         (target / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
@@ -105,23 +105,18 @@ def unpack(archive: str | os.PathLike, out: str | os.PathLike) -> None:
     """
     zstandard()  # installed?
     folder = Path(archive)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["version"] != VERSION:
-            raise ValueError(f"its version is {manifest['version']!r}, and only {VERSION} is known")
-        content = manifest["content"]
-        if manifest["sha256"] != _digest(content):
-            raise ValueError(f"the checksum of {MANIFEST} is wrong")
+    with damage_told(folder, "unpacked", " Nothing was written."):
+        content = read_manifest(folder)
         headers = [base64.b64decode(entry["header"], validate=True) for entry in content["files"]]
         tensors = [parse_header(header) for header in headers]
         names = [_safe(entry["name"]) for entry in (*content["files"], *content["others"])]
         if len(set(names)) != len(names):
             raise ValueError("two files have the same name")
-        shards = {name: _regular(folder, name) for name in content["shards"]}
-        others = [_regular(folder, entry["name"]) for entry in content["others"]]
+        shards = {name: regular(folder, name) for name in content["shards"]}
+        others = [regular(folder, entry["name"]) for entry in content["others"]]
         total = sum(map(len, headers)) + sum(tensor.nbytes for file in tensors for tensor in file)
         total += sum(path.stat().st_size for path in others)
-        with written_whole(out) as target, ThreadPoolExecutor(_THREADS) as pool:
+        with written_whole(out) as target, ThreadPoolExecutor(THREADS) as pool:
             if total > shutil.disk_usage(target).free:
                 raise ValueError(f"it would take {total:,} bytes, more than there is room for")
             with ShardReader(shards) as reader, tqdm(total=total, unit="B", unit_scale=True, desc="Unpacking") as bar:
@@ -131,11 +126,50 @@ def unpack(archive: str | os.PathLike, out: str | os.PathLike) -> None:
                     path.write_bytes(header)
                     _unpack_tensors(path, stored, entry["tensors"], reader, pool, bar)
                 for entry, path in zip(content["others"], others):
-                    if _copy(path, target / entry["name"], bar) != {"sha256": entry["sha256"]}:
+                    if copy_file(path, target / entry["name"], bar) != {"sha256": entry["sha256"]}:
                         raise ValueError(f"the checksum of {entry['name']} is wrong")
+
+
+@contextmanager
+def damage_told(folder: Path, done: str, more: str = "") -> Iterator[None]:
+    """Turn whatever a damaged archive causes into an error that says so."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         said = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"The archive {folder} cannot be unpacked: {said}. Nothing was written.") from error
+        raise ValueError(f"The archive {folder} cannot be {done}: {said}.{more}") from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What an archive's manifest says, after a look whether it is whole.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged or of another version.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["version"] != VERSION:
+        raise ValueError(f"its version is {manifest['version']!r}, and only {VERSION} is known")
+    content = manifest["content"]
+    if manifest["sha256"] != _digest(content):
+        raise ValueError(f"the checksum of {MANIFEST} is wrong")
+    return content
+
+
+def decoding(tensor: StoredTensor, entry: dict[str, Any], reader: ShardReader, function: Callable) -> Iterator[tuple]:
+    """The jobs that decode the pieces of a tensor."""
+    counts, lengths = _pieces(tensor), [length for piece in entry["pieces"] for length in piece[1:]]
+    if len(entry["pieces"]) != len(counts) or not all(type(n) is int and n >= 0 for n in lengths):
+        raise ValueError(f"the pieces of {tensor.name} are not {len(counts)} with lengths")
+    blob, position = reader.get(entry["shard"], entry["key"]), 0
+    if sum(lengths) != len(blob):
+        raise ValueError(f"{tensor.name} is {len(blob)} bytes long instead of {sum(lengths)}")
+    for count, (nonzeros, *parts) in zip(counts, entry["pieces"]):
+        cut = []
+        for length in parts:
+            cut.append(blob[position : position + length])
+            position += length
+        yield None, function, Piece(nonzeros, cut), count, tensor.size, tensor.is_float
 
 
 def _list_files(folder: Path) -> list[str]:
@@ -190,7 +224,7 @@ def _pack_tensors(
 
     progress.update(start)
     packed = []
-    results = _in_order(pool, jobs())
+    results = in_order(pool, jobs())
     for tensor in tensors:
         digest, pieces, blob = hashlib.sha256(), [], shards.begin(tensor.name)
         for _, (data, piece) in zip(_pieces(tensor), results):
@@ -215,22 +249,11 @@ def _unpack_tensors(
 
     def jobs() -> Iterator[tuple]:
         for tensor, entry in zip(tensors, packed):
-            counts, lengths = _pieces(tensor), [length for piece in entry["pieces"] for length in piece[1:]]
-            if len(entry["pieces"]) != len(counts) or not all(type(n) is int and n >= 0 for n in lengths):
-                raise ValueError(f"the pieces of {tensor.name} are not {len(counts)} with lengths")
-            blob, position = reader.get(entry["shard"], entry["key"]), 0
-            if sum(lengths) != len(blob):
-                raise ValueError(f"{tensor.name} is {len(blob)} bytes long instead of {sum(lengths)}")
-            for count, (nonzeros, *parts) in zip(counts, entry["pieces"]):
-                cut = []
-                for length in parts:
-                    cut.append(blob[position : position + length])
-                    position += length
-                yield None, decode, Piece(nonzeros, cut), count, tensor.size, tensor.is_float
+            yield from decoding(tensor, entry, reader, decode)
 
     if len(packed) != len(tensors):
         raise ValueError(f"{path.name} has {len(packed)} tensors instead of {len(tensors)}")
-    results = _in_order(pool, jobs())
+    results = in_order(pool, jobs())
     with open(path, "ab") as file:
         progress.update(file.tell())
         for tensor, entry in zip(tensors, packed):
@@ -243,12 +266,12 @@ def _unpack_tensors(
                 raise ValueError(f"the checksum of {tensor.name} is wrong")
 
 
-def _in_order(pool: ThreadPoolExecutor, jobs: Iterable[tuple[Any, Callable, Any]]) -> Iterator[tuple[Any, Any]]:
+def in_order(pool: ThreadPoolExecutor, jobs: Iterable[tuple[Any, Callable, Any]]) -> Iterator[tuple[Any, Any]]:
     """Run jobs `(label, function, *arguments)` in threads, few ahead; yields `(label, result)` in their order."""
     waiting = deque()
     for label, function, *arguments in jobs:
         waiting.append((label, pool.submit(function, *arguments)))
-        if len(waiting) > _THREADS:
+        if len(waiting) > THREADS:
             label, future = waiting.popleft()
             yield label, future.result()
     for label, future in waiting:
@@ -259,15 +282,16 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _copy(source: Path, target: Path, progress: tqdm) -> dict[str, str]:
+def copy_file(source: Path, target: str | os.PathLike, progress: tqdm | None = None) -> dict[str, str]:
     """Copy a file; its checksum."""
     digest = hashlib.sha256()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(source, "rb") as reading, open(target, "xb") as writing:
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb") as reading, open(target, "wb" if target == os.devnull else "xb") as writing:
         while data := reading.read(_COPIED):
             digest.update(data)
             writing.write(data)
-            progress.update(len(data))
+            if progress is not None:
+                progress.update(len(data))
     return {"sha256": digest.hexdigest()}
 
 
@@ -278,7 +302,7 @@ def _safe(name: Any) -> str:
     return name
 
 
-def _regular(folder: Path, name: Any) -> Path:
+def regular(folder: Path, name: Any) -> Path:
     path = folder / _safe(name)
     if path.resolve() != folder.resolve() / name or (path.exists() and not path.is_file()):
         raise ValueError(f"{name} is a link or not an ordinary file (`cp -rL` makes a copy without links)")

@@ -84,11 +84,43 @@ def decode(piece: Piece, count: int, size: int, is_float: bool) -> bytes:
     Raises:
         ValueError: If the piece is damaged.
     """
-    if not 0 <= piece.nonzeros <= count or len(piece.parts) != size + 1:
-        raise ValueError(f"{piece.nonzeros} values in {len(piece.parts)} parts do not make {count} entries")
+    _check(piece, count, size)
     words = np.zeros(count, _WORDS[size])
     if piece.nonzeros == 0:
         return words.tobytes()
+    values = _values(piece, size, is_float)
+    if piece.nonzeros == count:
+        return values.tobytes()
+    if _is_rare(piece.nonzeros, count):
+        words[_places(piece.parts[0], piece.nonzeros, count)] = values
+        return words.tobytes()
+    words[np.flatnonzero(_bits(_mask(piece, count), count))] = values
+    return words.tobytes()
+
+
+def decode_packed(piece: Piece, count: int, size: int, is_float: bool) -> tuple[np.ndarray, np.ndarray]:
+    """As [`decode`], but the zeros are not written out.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: One bit for each entry, lowest first, as bytes; and the values that are not
+            zero, as unsigned integers of `size` bytes.
+    """
+    _check(piece, count, size)
+    values = _values(piece, size, is_float) if piece.nonzeros else np.zeros(0, _WORDS[size])
+    if 0 < piece.nonzeros < count and not _is_rare(piece.nonzeros, count):
+        return _mask(piece, count), values
+    bits = np.full(count, piece.nonzeros == count)
+    if 0 < piece.nonzeros < count:
+        bits[_places(piece.parts[0], piece.nonzeros, count)] = True
+    return np.packbits(bits, bitorder="little"), values
+
+
+def _check(piece: Piece, count: int, size: int) -> None:
+    if not 0 <= piece.nonzeros <= count or len(piece.parts) != size + 1:
+        raise ValueError(f"{piece.nonzeros} values in {len(piece.parts)} parts do not make {count} entries")
+
+
+def _values(piece: Piece, size: int, is_float: bool) -> np.ndarray:
     planes = np.empty((piece.nonzeros, size), np.uint8)
     for i, part in zip(reversed(range(size)), piece.parts[1:]):
         planes[:, i] = np.frombuffer(_decompress(part, piece.nonzeros), np.uint8)
@@ -96,18 +128,19 @@ def decode(piece: Piece, count: int, size: int, is_float: bool) -> bytes:
     if is_float:
         bits = 8 * size
         values = (values >> values.dtype.type(1)) | (values << values.dtype.type(bits - 1))
-    if piece.nonzeros == count:
-        return values.tobytes()
-    if _is_rare(piece.nonzeros, count):
-        words[_places(piece.parts[0], piece.nonzeros, count)] = values
-        return words.tobytes()
+    return values
+
+
+def _mask(piece: Piece, count: int) -> np.ndarray:
     packed = np.frombuffer(_decompress(piece.parts[0], -(-count // 8)), np.uint8)
-    mask = np.unpackbits(packed, count=count, bitorder="little").view(bool)
-    places = np.flatnonzero(mask)
-    if len(places) != piece.nonzeros:
-        raise ValueError(f"the mask has {len(places)} bits set for {piece.nonzeros} values")
-    words[places] = values
-    return words.tobytes()
+    found = int(np.bitwise_count(packed).sum())
+    if found != piece.nonzeros or (count % 8 and packed[-1] >> count % 8):
+        raise ValueError(f"the mask has {found} bits set for {piece.nonzeros} values")
+    return packed
+
+
+def _bits(packed: np.ndarray, count: int) -> np.ndarray:
+    return np.unpackbits(packed, count=count, bitorder="little").view(bool)
 
 
 def _is_rare(nonzeros: int, count: int) -> bool:

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, get_token, is_offline_mode
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx, validate_repo_id
 from transformers.utils import CONFIG_NAME, logging
@@ -18,11 +20,13 @@ from transformers.utils import CONFIG_NAME, logging
 from ..card import CARD_FILE, is_hand_written, make_card, read_record, write_card
 from ..sparsity.checkpoint import measure_checkpoint, stored_tensors, weight_files
 from ..sparsity.report import RECORD_FILE, write_text
-from .archive import PICKLE_SUFFIXES
+from .archive import PICKLE_SUFFIXES, pack
 
 
 logger = logging.get_logger(__name__)
 
+# Of the archive in a repository or a folder.
+PACKED_FOLDER = "packed"
 # What a training leaves beside its model. Hidden files stay as well.
 _NOT_PUSHED = (
     *("checkpoint-*", "__pycache__", "*.tmp", "training_args.bin", "trainer_state.json", "run.yaml"),
@@ -63,6 +67,7 @@ def push_to_hub(
     private: bool = False,
     token: str | None = None,
     revision: str | None = None,
+    packed: bool | str = False,
     dry_run: bool = False,
     commit_message: str = "Upload a sparse model",
 ) -> Push:
@@ -78,6 +83,9 @@ def push_to_hub(
         private (`bool`, *optional*, defaults to `False`): Make it private, and push to no public one.
         token (`str`, *optional*): Defaults to the environment's `HF_TOKEN` or the login that `hf auth login` keeps.
         revision (`str`, *optional*): Branch to push to, made if it does not exist. Defaults to `main`.
+        packed (`bool` or `str`, *optional*, defaults to `False`): Push an archive of [`pack`] too, in the folder
+            `packed`, from which [`~hf_lpdecay.load_sparse`] loads the model; with `"only"` in place of the dense
+            weights.
         dry_run (`bool`, *optional*, defaults to `False`): Only say what would be pushed; nothing is written anywhere.
         commit_message (`str`, *optional*, defaults to `"Upload a sparse model"`): Of the commit.
 
@@ -86,7 +94,8 @@ def push_to_hub(
 
     Raises:
         FileNotFoundError: If config.json or safetensors are missing, or if the hub has no such namespace or branch.
-        ValueError: If the folder has pickled weights, sparsity.json is of another model, or a name is not valid.
+        ValueError: If `packed` is something else, the folder has pickled weights, sparsity.json is of another
+            model, or a name is not valid.
         PermissionError: If there is no token, or it may not do this.
         ConnectionError: If the hub cannot be reached or fails.
         OSError: If the hub refuses for another reason.
@@ -99,14 +108,17 @@ def push_to_hub(
     """
     folder = Path(folder)
     validate_repo_id(repo_id)
+    if packed not in (False, True, "only"):
+        raise ValueError(f"Invalid packed={packed!r}: should be False, True or 'only'.")
     files, left_out = _files(folder)
     facts = _facts(folder)
     if not is_hand_written(folder / CARD_FILE):
-        files[CARD_FILE] = len(str(make_card(folder, facts, repo_id)).encode())
+        files[CARD_FILE] = len(str(make_card(folder, facts, repo_id, packed=packed)).encode())
     if RECORD_FILE not in files:
         files[RECORD_FILE] = len(_as_json(facts).encode())
     if dry_run:
-        return Push(repo_id, dict(sorted(files.items())), left_out)
+        with _packed(folder, files, packed) as (_, more):
+            return Push(repo_id, dict(sorted(more.items())), left_out)
 
     if is_offline_mode():
         raise ConnectionError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it.")
@@ -128,15 +140,17 @@ def push_to_hub(
             )
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        write_card(folder, repo_id)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=[glob.escape(name) for name in files],
-            revision=revision,
-            commit_message=commit_message,
-        )
-    sizes = {name: (folder / name).stat().st_size for name in sorted(files)}
+        write_card(folder, repo_id, packed=packed)
+        files = {name: (folder / name).stat().st_size for name in files}
+        with _packed(folder, files, packed) as (source, files):
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=source,
+                allow_patterns=[glob.escape(name) for name in files],
+                revision=revision,
+                commit_message=commit_message,
+            )
+    sizes = dict(sorted(files.items()))
     return Push(repo_id, sizes, left_out, str(commit.commit_url))
 
 
@@ -169,6 +183,27 @@ def _files(folder: Path) -> tuple[dict[str, int], list[str]]:
             else:
                 files[path] = (Path(root) / name).stat().st_size
     return files, left_out
+
+
+@contextmanager
+def _packed(folder: Path, files: dict[str, int], packed: bool | str) -> Iterator[tuple[Path, dict[str, int]]]:
+    """What is pushed, with the archive: a folder, and the sizes of its files."""
+    if not packed:
+        yield folder, files
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        plain, whole = Path(aside, "plain"), Path(aside, "whole")
+        for name in files:
+            # The archive holds what is pushed, not what lies beside it; a dry run has no card yet.
+            for root in (plain, whole) if (folder / name).is_file() else ():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).symlink_to((folder / name).resolve())
+        if packed == "only":
+            weights = [path.name for path in weight_files(folder)] + [SAFETENSORS_INDEX_FILE]
+            files = {name: size for name, size in files.items() if name not in weights}
+        pack(plain, whole / PACKED_FOLDER)
+        archive = (path for path in (whole / PACKED_FOLDER).rglob("*") if path.is_file())
+        yield whole, {**files, **{path.relative_to(whole).as_posix(): path.stat().st_size for path in archive}}
 
 
 def _stays(name: str) -> bool:

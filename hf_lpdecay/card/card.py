@@ -47,7 +47,9 @@ _AUTO_CLASSES = (
 )
 
 
-def write_card(folder: str | os.PathLike, repo_id: str | None = None, title: str | None = None) -> Path:
+def write_card(
+    folder: str | os.PathLike, repo_id: str | None = None, title: str | None = None, packed: bool | str = False
+) -> Path:
     """Write the model card, README.md, of a model that has a sparsity.json beside it.
 
     A README.md that hf_lpdecay did not make is left as it is. If the record names no licence, the base model's is asked
@@ -57,6 +59,7 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, title: str
         folder (`str` or `os.PathLike`): The model's.
         repo_id (`str`, *optional*): Where it is pushed to, for the line that loads it.
         title (`str`, *optional*): Defaults to the repository's name, or the folder's.
+        packed (`bool` or `str`, *optional*, defaults to `False`): As in [`~hf_lpdecay.push_to_hub`].
 
     Returns:
         `Path`: The README.md.
@@ -71,7 +74,7 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, title: str
     facts = read_record(folder)
     if not facts.get("license") and sections.is_repo_id(facts.get("base_model")):
         facts["license"] = _license_on_hub(facts["base_model"])
-    write_text(path, str(make_card(folder, facts, repo_id, title)))
+    write_text(path, str(make_card(folder, facts, repo_id, title, packed)))
     return path
 
 
@@ -100,7 +103,11 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def make_card(
-    folder: str | os.PathLike, facts: dict[str, Any], repo_id: str | None = None, title: str | None = None
+    folder: str | os.PathLike,
+    facts: dict[str, Any],
+    repo_id: str | None = None,
+    title: str | None = None,
+    packed: bool | str = False,
 ) -> ModelCard:
     """Make the model card. What is not known is left out of it.
 
@@ -109,6 +116,7 @@ def make_card(
         facts (`dict[str, Any]`): The content of its sparsity.json, see [`~hf_lpdecay.training.write_record`].
         repo_id (`str`, *optional*): Where it is pushed to.
         title (`str`, *optional*): Defaults to the repository's name, or the folder's.
+        packed (`bool` or `str`, *optional*, defaults to `False`): As in [`~hf_lpdecay.push_to_hub`].
 
     Returns:
         `ModelCard`: With metadata that the hub accepts.
@@ -130,7 +138,9 @@ def make_card(
         title=plain(title),
         summary=sections.summary(facts, report),
         method=sections.method(lp_config, report),
-        usage=_usage(folder, auto_class, repo_id),
+        usage=None if packed == "only" else _usage(folder, auto_class, repo_id),
+        packed=packed,
+        name=json.dumps(repo_id or str(folder.resolve().name)),
         results=sections.results_table(facts, report),
         evaluated_on=sections.evaluated_on(facts),
         sparsity=sections.sparsity_table(report),

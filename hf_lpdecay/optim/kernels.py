@@ -10,11 +10,7 @@ import functools
 import logging
 import math
 import os
-import shlex
-import shutil
 import struct
-import subprocess
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..native import load_library
+
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("one_pass.cpp")
-# Comparisons and square roots only become vector instructions without errno and traps. No -ffast-math: infinities and
-# NaN keep their meaning.
-_FLAGS = ("-std=c++11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 _TASK = struct.Struct("=6q2q2I11f4x")  # one_pass.cpp's Task
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 # Below this a thread costs more than it saves.
@@ -112,9 +107,6 @@ def available(case: Case) -> bool:
 @functools.cache
 def _build(case: Case) -> Callable[[bytes, int, int, int], None] | str:
     """The kernel, or why there is none: a compiler that failed once is not asked again in the next step."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        return "No C++ compiler (c++, g++ or clang++) was found: install one, or name it in the variable CXX."
     defines = {
         "NORM": case.norm,
         "FACTORS": int(case.factors),
@@ -123,23 +115,13 @@ def _build(case: Case) -> Callable[[bytes, int, int, int], None] | str:
         "WEIGHT": _TYPES[case.weight],
         "MOMENT": _TYPES[case.moment],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        library = os.path.join(folder, "one_pass.so")
-        # Older compilers for ARM only know the second spelling.
-        for native in ("-march=native", "-mcpu=native"):
-            options = [*_FLAGS, native, *(f"-D{name}={value}" for name, value in defines.items())]
-            try:
-                command = [*shlex.split(compiler), *options, str(SOURCE), "-o", library]
-                outcome = subprocess.run(command, capture_output=True, text=True)
-                if outcome.returncode == 0:
-                    run = ctypes.CDLL(library).run
-                    run.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
-                    run.restype = None
-                    return run
-                reason = outcome.stderr.strip()[-500:]
-            except OSError as error:
-                reason = str(error)
-    return f"The optimizer's kernel could not be compiled with {compiler}: {reason}"
+    try:
+        run = load_library("optimizer", (SOURCE,), defines).run
+    except RuntimeError as error:
+        return str(error)
+    run.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+    run.restype = None
+    return run
 
 
 @functools.cache

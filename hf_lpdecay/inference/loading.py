@@ -1,0 +1,265 @@
+"""`load_sparse`: from the disk or the hub to a sparse model, without its weights ever being dense."""
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
+
+from ..artifacts.archive import MANIFEST, unpack
+from ..artifacts.hub import PACKED_FOLDER
+from ..artifacts.packed import read_packed
+from ..sparsity.checkpoint import model_class, weight_files
+from ..sparsity.selection import Modules, match_layers
+from .convert import keeps_float32, layer_bytes, tell, to_sparse
+from .encoding import decode, encode, pad_rows, to_columns
+from .head import pack_head
+from .kernels import PADDING, Weight, kernel_for
+from .sparse_linear import DTYPES, SparseLinear
+from .speed import MIN_SPARSITY, choose_encoding
+
+
+logger = logging.get_logger(__name__)
+
+_TORCH = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# What is kept of a tensor: a mask and its values, or (None and) the whole of it.
+_Parts = tuple[Tensor | None, Tensor]
+
+
+@torch.no_grad()
+def load_sparse(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    target_modules: Modules = "all-linear",
+    exclude_modules: Modules = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> PreTrainedModel:
+    """Load a model as [`to_sparse`] makes it, from an archive of [`~hf_lpdecay.pack`] or from a folder.
+
+    Its weights are read one after the other and are dense, if at all, one at a time: the peak of memory is the sparse
+    model's own and two of its largest tensors.
+
+    Args:
+        path (`str` or `os.PathLike`): An archive, a folder that holds one named `packed`, a folder that
+            `save_pretrained` wrote, or the id of a repository on the hub that was pushed with `packed=True`, of which
+            only the archive is downloaded.
+        dtype (`torch.dtype`, *optional*): Of the model: float32, bfloat16 or float16. Defaults to what is stored.
+        target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): As in [`to_sparse`].
+        exclude_modules (`list[str]` or `str`, *optional*): As in [`to_sparse`].
+        revision (`str`, *optional*): Branch, tag or commit on the hub. Defaults to `main`.
+        token (`str`, *optional*): For the hub. Defaults to the environment's or the login's.
+
+    Returns:
+        `PreTrainedModel`: On the CPU, in evaluation mode, its parameters frozen.
+
+    Raises:
+        FileNotFoundError: If there is no such archive, folder or repository, or a file of it is missing.
+        ValueError: If the archive or a file is damaged, or its config names no architecture that Transformers has.
+
+    Example:
+
+    ```python
+    >>> model = load_sparse("outputs/sparse-packed", dtype=torch.bfloat16)
+    >>> tokenizer = AutoTokenizer.from_pretrained("outputs/sparse-packed")
+    ```
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"Invalid dtype={dtype}: should be torch.float32, torch.bfloat16 or torch.float16.")
+    folder = find_folder(path, revision, token)
+    packed = (folder / MANIFEST).is_file()
+    cls, config = model_class(folder)
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = cls(config)
+    model.tie_weights()
+    layers = match_layers(model, target_modules, exclude_modules)
+    for name in [name for name in layers if keeps_float32(model, name)]:
+        del layers[name]
+    loader = _Loader(model, layers, dtype)
+    for name, kind, shape, parts in tqdm(_read(folder, packed), desc="Loading", unit=" tensors", leave=False):
+        loader.take(name, kind, shape, parts)
+    model.tie_weights()
+    if any(param.is_meta for param in model.parameters()):
+        # The files call the weights by other names (experts one by one, for example): Transformers can read that.
+        return _load_dense_first(folder, packed, cls, dtype, target_modules, exclude_modules)
+    if (folder / GENERATION_CONFIG_NAME).is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config.dtype = model.dtype
+    model.config._name_or_path = str(path)
+    pack_head(model, None)
+    model.eval().requires_grad_(False)
+    loader.tell()
+    return model
+
+
+def find_folder(path: str | os.PathLike, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder with the archive, or with the dense weights, that a path or an id on the hub stands for."""
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            validate_repo_id(str(path))
+        except HFValidationError as error:
+            raise FileNotFoundError(f"{path} is neither a folder nor the id of a repository on the hub.") from error
+        pattern = f"{PACKED_FOLDER}/*"
+        folder = Path(snapshot_download(str(path), revision=revision, token=token, allow_patterns=[pattern]))
+        if not (folder / PACKED_FOLDER / MANIFEST).is_file():
+            raise FileNotFoundError(
+                f"{path} has no archive on the hub (it is pushed with packed=True, `lpdecay push --packed`): load it"
+                " with from_pretrained, then to_sparse(model)."
+            )
+    if not (folder / MANIFEST).is_file() and (folder / PACKED_FOLDER / MANIFEST).is_file():
+        folder = folder / PACKED_FOLDER
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"There is no {CONFIG_NAME} in {folder}: give an archive or a saved model's folder.")
+    return folder
+
+
+class _Loader:
+    """Puts one tensor after the other into a model without weights."""
+
+    def __init__(self, model: PreTrainedModel, layers: dict[str, nn.Module], dtype: torch.dtype | None):
+        self.model, self.layers, self.dtype = model, layers, dtype
+        self.replaced = self.few = self.before = self.after = 0
+
+    def take(self, name: str, kind: str, shape: list[int], parts: Iterator[_Parts]) -> None:
+        """Put a tensor where it belongs."""
+        owner_name, _, leaf = name.rpartition(".")
+        try:
+            owner = self.model.get_submodule(owner_name)
+        except AttributeError:
+            owner = None
+        stored = _TORCH.get(kind)
+        if stored is None or owner is None or getattr(owner, leaf, None) is None:
+            for _ in parts:  # to its end, where the checksum is
+                pass
+            return
+        if tuple(shape) != tuple(getattr(owner, leaf).shape):
+            raise ValueError(f"{name} has the shape {shape}, and the model expects {list(getattr(owner, leaf).shape)}")
+        dtype = self.dtype if self.dtype is not None and stored.is_floating_point else stored
+        if dtype == torch.float16 and keeps_float32(self.model, owner_name):
+            dtype = torch.float32
+        if leaf == "weight" and owner_name in self.layers and dtype in DTYPES:
+            self._take_layer(owner_name, owner, stored, dtype, shape, parts)
+        elif leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(_whole(stored, shape, parts).to(dtype), requires_grad=False)
+        else:
+            owner._buffers[leaf] = _whole(stored, shape, parts).to(dtype)
+
+    def _take_layer(self, name, module, stored, dtype, shape, parts) -> None:
+        transposed = isinstance(module, Conv1D)
+        weight = _weight(stored, shape, parts)
+        weight = weight._replace(values=weight.values.to(dtype))
+        numel = math.prod(shape)
+        sparsity = 1 - int(weight.starts[-1]) / max(1, numel)
+        self.before += numel * dtype.itemsize
+        self.few += sparsity < MIN_SPARSITY
+        like = torch.empty(1, dtype=dtype).expand(*(reversed(shape) if transposed else shape))
+        columns = choose_encoding(like, sparsity)
+        if columns is None:
+            module.weight = nn.Parameter(decode(weight), requires_grad=False)
+            self.after += module.weight.nbytes
+            return
+        if transposed:
+            weight = encode(decode(weight).t(), columns=columns)
+        elif columns:
+            weight = to_columns(weight)
+        new = SparseLinear(weight, None, transposed)
+        new.bias = module.bias
+        self.model.set_submodule(name, new)
+        self.replaced += 1
+        self.after += layer_bytes(new)
+
+    def tell(self) -> None:
+        """Say what was done."""
+        kernel = kernel_for(self.model.dtype) if self.model.dtype in DTYPES else ""
+        if isinstance(kernel, str):
+            logger.warning_once(f"{kernel} The layers stay dense, and the model as slow and as large as it is.")
+        else:
+            tell(self.replaced, len(self.layers), self.few, self.before, self.after)
+
+
+def _read(folder: Path, packed: bool) -> Iterator[tuple[str, str, list[int], Iterator[_Parts]]]:
+    """Names, types, shapes and parts of the tensors of an archive or a folder."""
+    if packed:
+        for name, kind, shape, parts in read_packed(folder):
+            yield name, kind, shape, ((torch.from_numpy(np.array(mask)), torch.from_numpy(v)) for mask, v in parts)
+        return
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        for name in names:
+            with safe_open(path, framework="pt") as file:  # opened anew for each, as in stored_tensors
+                part = file.get_slice(name)
+                yield name, part.get_dtype(), part.get_shape(), iter([(None, file.get_tensor(name))])
+
+
+def _weight(stored: torch.dtype, shape: list[int], parts: Iterator[_Parts]) -> Weight:
+    """The parts of a matrix, as a weight with a bit mask."""
+    rows, cols = shape
+    masks, values = [], []
+    for mask, part in parts:
+        if mask is None:
+            return encode(part)
+        masks.append(mask)
+        values.append(part.view(torch.int16 if stored.itemsize == 2 else torch.int32).view(stored))
+    masks.append(torch.zeros(PADDING, dtype=torch.uint8))
+    values.append(torch.zeros(PADDING // stored.itemsize, dtype=stored))
+    return pad_rows(torch.cat(masks), torch.cat(values), rows, cols)
+
+
+def _whole(stored: torch.dtype, shape: list[int], parts: Iterator[_Parts]) -> Tensor:
+    """The parts of a tensor, dense."""
+    out = []
+    for mask, part in parts:
+        if mask is None:
+            return part
+        bits = np.unpackbits(mask.numpy(), bitorder="little").view(bool)
+        out.append((bits, part.numpy()))
+    numel = math.prod(shape) * (1 if stored.itemsize else 0)
+    words = np.zeros(numel, out[0][1].dtype)
+    start = 0
+    for bits, values in out:
+        end = min(start + len(bits), numel)
+        words[start:end][bits[: end - start]] = values
+        start = end
+    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[stored.itemsize]
+    return torch.from_numpy(words.view(f"i{stored.itemsize}")).view(signed).view(stored).reshape(shape)
+
+
+def _load_dense_first(folder: Path, packed: bool, cls: type, dtype: Any, *modules: Modules) -> PreTrainedModel:
+    logger.warning(
+        f"The weights in {folder} have other names than {cls.__name__}'s own, so the model is loaded dense first."
+    )
+    with tempfile.TemporaryDirectory() as aside:
+        source = folder
+        if packed:
+            source = Path(aside, "dense")
+            unpack(folder, source)
+        model = cls.from_pretrained(source, dtype="auto" if dtype is None else dtype)
+    return to_sparse(model, *modules)

@@ -1,0 +1,138 @@
+"""Sparse layers: every instruction set against the plain loop, and the module against the dense layer."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from hf_lpdecay.inference import SparseLinear, kernels
+from hf_lpdecay.inference.encoding import decode_slowly, encode, pad_rows, to_columns
+from hf_lpdecay.inference.kernels import INSTRUCTION_SETS, PADDING, kernel_for
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+
+def with_zeros(rows, cols, share=0.5, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, cols, generator=generator)
+    weight[torch.rand(rows, cols, generator=generator) < share] = 0.0
+    return weight.to(dtype)
+
+
+def kernel(dtype, instructions):
+    found = kernel_for(dtype, instructions)
+    if instructions == "avx2" and isinstance(found, str):
+        pytest.skip(found)
+    assert not isinstance(found, str), found
+    return found
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("instructions", [name for name in INSTRUCTION_SETS if name != "plain"])
+def test_every_instruction_set_is_the_plain_loop(instructions, dtype, columns):
+    plain, fast = kernel(dtype, "plain"), kernel(dtype, instructions)
+    assert plain.instruction_set == "plain"
+    for rows, cols in ((5, 70), (33, 33), (40, 576), (3, 7), (34, 1030)):
+        weight = with_zeros(rows, cols, dtype=dtype)
+        weight[0] = 0.0  # an empty row, and a full one
+        weight[1] = 1.0
+        packed = encode(weight, columns)
+        for act in DTYPES:
+            bias = torch.randn(rows).to(act)
+            for n in sorted({1, 2, 3, fast.most_rows[columns, act]}):
+                x = torch.randn(n, cols).to(act)
+                expected, actual = x.new_empty(n, rows), x.new_empty(n, rows)
+                for i in range(0, n, plain.most_rows[columns, act]):
+                    part = slice(i, i + plain.most_rows[columns, act])
+                    plain.multiply(plain.describe(packed, bias), x[part], expected[part], len(x[part]))
+                fast.multiply(fast.describe(packed, bias), x, actual, n)
+                error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
+                assert error < TOLERANCE[act], (rows, cols, act, n)
+        for out in (dtype, torch.float32):
+            assert torch.equal(decoded(fast, packed, out), weight.to(out))
+            assert torch.equal(decoded(plain, packed, out), weight.to(out))
+
+
+def decoded(kernel, packed, dtype):
+    out = torch.full((packed.rows, packed.cols), 7.0, dtype=dtype)
+    kernel.decode(kernel.describe(packed, None), out)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values_survive_both_encodings(dtype):
+    weight = torch.tensor([[0.0, -0.0, math.nan, math.inf], [1.0, 0.0, 0.0, -2.0], [0.0] * 4]).to(dtype)
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    for columns in (False, True):
+        packed = encode(weight, columns)
+        assert packed.starts.tolist() == [0, 3, 5, 5]  # -0.0 is a value
+        assert torch.equal(decode_slowly(packed).view(bits), weight.view(bits))
+        assert torch.equal(kernels.dense(kernel(dtype, "native"), packed).view(bits), weight.view(bits))
+    one = with_zeros(9, 13, dtype=dtype)
+    mask, rows = encode(one.view(1, -1)), encode(one)
+    assert all(torch.equal(a, b) for a, b in zip(pad_rows(mask.positions, mask.values, 9, 13)[:3], rows[:3]))
+    assert all(torch.equal(a, b) for a, b in zip(to_columns(rows)[:3], encode(one, columns=True)[:3]))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 3, 7), (0, 7), (300, 7), (3, 0, 7)])
+def test_the_layer_is_the_dense_one_in_float64(shape, columns):
+    linear = nn.Linear(7, 5).requires_grad_(False)
+    linear.weight.copy_(with_zeros(5, 7))
+    x = torch.randn(shape)
+    expected = linear.double()(x.double())
+    linear.float()
+    layer = SparseLinear.from_dense(linear.weight, linear.bias, columns=columns)
+    actual = layer(x)
+    assert actual.dtype == torch.float32 and actual.shape == (*shape[:-1], 5)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = copy.deepcopy(layer).to(dtype)
+        assert low.values.dtype == dtype and low.positions.dtype == torch.uint8
+        torch.testing.assert_close(low(x.to(dtype)).double(), expected, rtol=2e-2, atol=2e-2)
+        # Activations of another type than the values: sums are float32.
+        torch.testing.assert_close(low(x).double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_strided_activations_threads_copies_and_pickles():
+    layer = SparseLinear.from_dense(with_zeros(2048, 96), torch.randn(2048))
+    x = torch.randn(96, 3).t()
+    expected = layer(x.contiguous())
+    assert torch.equal(layer(x), expected)
+    torch.set_num_threads(2)
+    assert torch.equal(layer(x), expected)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), expected)
+    other.load_state_dict({"weight": torch.ones(2048, 96), "bias": torch.zeros(2048)})
+    assert torch.allclose(other(x), x.sum(-1, keepdim=True).expand(3, 2048), atol=1e-4)
+    assert "sparsity=" in repr(layer) and len(layer.values) < 2048 * 96 * 0.52 + PADDING
+
+
+def test_compiled_exported_and_traced_by_the_operator():
+    layer = SparseLinear.from_dense(with_zeros(20, 33), torch.randn(20))
+    x = torch.randn(4, 33)
+    expected = layer(x)
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
+    assert torch.equal(torch.export.export(layer, (x,)).module()(x), expected)
+    arguments = (x, layer.positions, layer.values, layer.starts, layer.bias, False)
+    torch.library.opcheck(
+        torch.ops.hf_lpdecay.sparse_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_training_is_refused_with_the_way_back():
+    layer = SparseLinear.from_dense(with_zeros(4, 6))
+    with pytest.raises(RuntimeError, match=r"to_dense\(model\) gives the dense model"):
+        layer.train()
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        layer(torch.ones(2, 6, requires_grad=True))
+    with pytest.raises(TypeError, match=r"was given torch\.int64"):
+        layer(torch.ones(2, 6, dtype=torch.int64))
+    with torch.no_grad():
+        assert layer(torch.ones(2, 6, requires_grad=True)).shape == (2, 4)
