@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         LpDecayTrainer,
         Sparsifier,
         SparsityCallback,
+        load_masked_lora,
+        mask_lora,
         merge_sparse,
     )
 
@@ -31,6 +33,8 @@ _MODULES = {
         "LpDecayTrainer",
         "Sparsifier",
         "SparsityCallback",
+        "load_masked_lora",
+        "mask_lora",
         "merge_sparse",
     ),
 }
@@ -46,6 +50,8 @@ __all__ = [
     "Sparsifier",
     "SparsityCallback",
     "SparsityReport",
+    "load_masked_lora",
+    "mask_lora",
     "measure_sparsity",
     "merge_sparse",
     "pack",
