@@ -80,7 +80,8 @@ class MaskedLoraVariant(LoraVariant):
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        # Rounded once, as in place.
+        return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
@@ -88,7 +89,7 @@ class MaskedLoraVariant(LoraVariant):
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight.data - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return (orig_weight.data - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
