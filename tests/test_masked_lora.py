@@ -11,11 +11,18 @@ from conftest import same_bits, tiny_gpt2, tiny_llama, trainer_for, weights
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from test_adapters import LORA, logits, sparse
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TorchAoConfig,
+    Trainer,
+)
 
 from hf_lpdecay import load_masked_lora, mask_lora, merge_sparse
 from hf_lpdecay.training import merge_cost
-from hf_lpdecay.training.masked_lora import Masked
+from hf_lpdecay.training.masked_lora import Masked, base_weight
 
 
 def masked(make=tiny_llama, dtype=torch.float32, **options):
@@ -241,3 +248,42 @@ def test_experts_parameters(tmp_path, merge):
     assert torch.allclose(logits(merged), before, atol=1e-5)
     for name, param in base().named_parameters():
         assert torch.equal(param == 0, merged.get_parameter(name) == 0), name
+
+
+def quantization(kind):
+    if kind == "torchao int8":
+        quantize = pytest.importorskip("torchao.quantization")
+        return TorchAoConfig(quantize.Int8WeightOnlyConfig())
+    pytest.importorskip("bitsandbytes")
+    if kind == "bitsandbytes int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    options = {"bnb_4bit_quant_type": kind.split()[1], "bnb_4bit_compute_dtype": torch.float32}
+    return BitsAndBytesConfig(load_in_4bit=True, **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["bitsandbytes nf4", "bitsandbytes fp4", "bitsandbytes int8", "torchao int8"])
+def test_a_quantized_base_is_masked_and_a_merge_gives_the_dequantized_sparse_model(tmp_path, kind):
+    config = quantization(kind)
+    base = sparse(lambda: tiny_llama(hidden_size=64, intermediate_size=128))
+    pruned = zeros(base)
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=config, device_map="cpu", dtype=torch.float32
+    )
+    model = mask_lora(get_peft_model(base, LoraConfig(**LORA)))
+    own = {name: base_weight(layer) == 0 for name, layer in masked_layers(model).items()}
+    assert len(own) == 14 and merge_cost(model).total == 0
+    assert all((zero | ~pruned[f"{name}.weight"]).all() for name, zero in own.items())  # at least the base's
+    before = logits(model)
+    model.train()(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    assert all(param.grad.abs().sum() > 0 for param in model.parameters() if param.requires_grad)
+    merged = merge_sparse(model)
+    after = logits(merged)
+    # What bitsandbytes computes in bfloat16 or with 8-bit inputs, the merged model does not.
+    assert torch.allclose(before, after, atol=1e-5 if kind == "torchao int8" else 2e-2)
+    for name, zero in own.items():
+        assert torch.equal(zero, merged.get_parameter(f"{name}.weight") == 0)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(again), after) and not hasattr(again.config, "quantization_config")

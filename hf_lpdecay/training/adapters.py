@@ -170,7 +170,7 @@ def merge_sparse(model: PeftModel) -> nn.Module:
     dequantized = False
     for layer in tqdm(_lora_layers(model).values(), desc="Merging"):
         if is_quantized(layer):
-            _dequantize(layer)
+            _dequantize(layer, model.get_base_model().dtype)
             dequantized = True
         if (config := _tied_config(model, layer)) is not None:
             untie(layer, config)
@@ -224,10 +224,10 @@ def _lora_layers(model: PeftModel, verb: str = "merge") -> dict[str, LoraLayer]:
     return layers
 
 
-def _dequantize(layer: LoraLayer) -> None:
+def _dequantize(layer: LoraLayer, dtype: torch.dtype) -> None:
     """Put an ordinary linear layer in place of a quantized one, and a LoRA layer for such layers around it."""
     old = layer.get_base_layer()
-    weight = base_weight(layer).detach().clone()
+    weight = base_weight(layer).detach().to(dtype, copy=True)
     new = nn.Linear(old.in_features, old.out_features, bias=False, device="meta")
     new.weight, new.bias = nn.Parameter(weight, requires_grad=False), old.bias
     layer.base_layer = new

@@ -201,6 +201,12 @@ def _same_zeros(layer: LoraLayer) -> Iterator[None]:
 
 
 def _dense_weight(base: nn.Module) -> Tensor:
+    weight = base.weight
+    if type(weight).__name__ == "Int8Params":  # PEFT's function moves it, and with that loses its scales on a CPU
+        scales = weight.SCB if base.state.SCB is None else base.state.SCB
+        return weight.detach().as_subclass(Tensor) * (scales.view(-1, 1) / 127)
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        base.state_dict()  # bitsandbytes packs 4-bit weights anew for a CPU's forward pass, and unpacks them for this
     return dequantize_module_weight(base).detach()
 
 
