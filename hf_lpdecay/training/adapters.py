@@ -201,7 +201,8 @@ def _lora_layers(model: PeftModel, verb: str = "merge") -> dict[str, LoraLayer]:
     if dora or not isinstance(model.base_model, LoraModel):
         raise ValueError(
             f"The adapter is a {'DoRA' if dora else type(model.base_model).__name__}, and only LoRA without use_dora"
-            " adds to a weight, so that a part of it can be dropped: merge with merge_and_unload, and sparsify again."
+            " adds to a weight, so that a part of it can be dropped or masked: train a LoRA, or merge with"
+            " merge_and_unload and sparsify again."
         )
     layers = {}
     for name, layer in model.get_base_model().named_modules():

@@ -257,6 +257,9 @@ def _effective_weight(weight, a, b, scale, transposed, with_base, dtype, base) -
         weight = _dense_weight(base)
     if transposed:
         weight = weight.T
+    if with_base and weight.dtype == a.dtype and a.dtype in (torch.float32, torch.float64):
+        # In fewer passes over memory; in float32 the order of rounding does not matter.
+        return torch.addmm(weight, b * scale, a).masked_fill_(weight == 0, 0.0)
     half_on_cpu = a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16)
     product = (b.float() @ a.float()) if half_on_cpu else b @ a
     product = product.mul_(scale).to(a.dtype).masked_fill_(weight == 0, 0.0)
