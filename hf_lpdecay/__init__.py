@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         LpDecayTrainer,
         Sparsifier,
         SparsityCallback,
+        load_masked_lora,
+        mask_lora,
         merge_sparse,
     )
 
@@ -33,6 +35,8 @@ _MODULES = {
         "LpDecayTrainer",
         "Sparsifier",
         "SparsityCallback",
+        "load_masked_lora",
+        "mask_lora",
         "merge_sparse",
     ),
 }
@@ -48,7 +52,9 @@ __all__ = [
     "Sparsifier",
     "SparsityCallback",
     "SparsityReport",
+    "load_masked_lora",
     "load_sparse",
+    "mask_lora",
     "measure_sparsity",
     "merge_sparse",
     "pack",

@@ -1,5 +1,7 @@
 """PEFT adapters on a sparse base."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import same_bits, tiny_gpt2, tiny_llama, token_rows, trainer_for, weights
@@ -117,3 +119,15 @@ def test_fine_tuning_with_frozen_zeros_keeps_every_zero_under_weight_decay(tmp_p
     for name, mask in zeros.items():
         if name.startswith("model.layers") and "proj" in name:
             assert mask.any() and torch.equal(model.get_parameter(name) == 0, mask), name
+
+
+def test_a_head_that_was_trained_as_a_module_is_tied_no_longer(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of the tied head
+        model = get_peft_model(sparse(), LoraConfig(**LORA, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    merged = merge_sparse(model)
+    after = logits(merged)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), after)

@@ -289,7 +289,7 @@ class CountingRows(Dataset):
         (TARGET, {"max_steps": 12}, "needs 10"),
         (TARGET, {"max_steps": -1, "num_train_epochs": 2}, "ramp would have 1 optimizer steps"),
         (TARGET, {"max_steps": 30, "warmup_steps": 15}, "warm up for fewer"),
-        (TARGET, {"optim": "adafactor"}, "optim='adafactor' has no p-norm decay"),
+        (TARGET, {"optim": "lomo"}, "optim='lomo' has no p-norm decay"),
         (LpDecayConfig(lp_lambda=1.0, target_modules=["nope"]), {}, "matches no linear layer"),
         (LpDecayConfig(pattern="1:3"), {}, "q_proj.weight has 32 input features, not a multiple of 3"),
     ],

@@ -8,6 +8,10 @@ from torch import Tensor
 from .sharding import placed_like, whole
 
 
+# The second moment of Adam, RMSprop and Adagrad in the optimizer's state.
+_SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
+
+
 def importance_from_adam(params: list[Tensor], state: dict, together: bool) -> None:
     """Factor AdamW's second moment, the expected squared gradient, into rows and columns.
 
@@ -22,8 +26,11 @@ def importance_from_adam(params: list[Tensor], state: dict, together: bool) -> N
     """
     means = {}
     for param in params:
-        if "exp_avg_sq" in state[param]:
-            moment = state[param]["exp_avg_sq"]
+        of_param = state[param]
+        if "exp_avg_sq_row" in of_param:  # Adafactor's is factored already
+            means[param] = of_param["exp_avg_sq_row"][:, None], of_param["exp_avg_sq_col"][None]
+        elif (name := next(filter(of_param.__contains__, _SECOND_MOMENTS), None)) is not None:
+            moment = of_param[name]
             means[param] = whole(moment.mean(1, keepdim=True)), whole(moment.mean(0, keepdim=True))
     write_factors(means, state, together)
 

@@ -1,6 +1,6 @@
 """Transformers' side: trainers and the callback that drives the decay."""
 
-from .adapters import MergeCost, merge_cost, merge_sparse
+from .adapters import MergeCost, load_masked_lora, mask_lora, merge_cost, merge_sparse
 from .callbacks import SparsityCallback
 from .checkpoints import last_whole_checkpoint
 from .record import write_record
@@ -16,6 +16,8 @@ __all__ = [
     "Sparsifier",
     "SparsityCallback",
     "last_whole_checkpoint",
+    "load_masked_lora",
+    "mask_lora",
     "merge_cost",
     "merge_sparse",
     "write_record",

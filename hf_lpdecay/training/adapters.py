@@ -1,14 +1,101 @@
-"""Adapters on a sparse model: merged so that the base's zeros stay."""
+"""Adapters on a sparse model: masked so that they can be merged exactly, or merged so that the base's zeros stay."""
 
+import copy
 import warnings
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
+
+from .mask_record import MaskedLoraConfig, MaskRecord, check_record, record_of
+from .masked_lora import (
+    Masked,
+    MaskedLinear,
+    MaskedLoraVariant,
+    base_parameter,
+    base_weight,
+    is_quantized,
+    mask_layer,
+    untie,
+)
+
+
+@torch.no_grad()
+def mask_lora(model: PeftModel) -> PeftModel:
+    """Mask the active LoRA adapters by the base's zeros: their update is `(B A) * (W != 0)` in every forward pass.
+
+    A merge, by PEFT's `merge_and_unload()` or by [`merge_sparse`], then gives the outputs that there were before it, up
+    to rounding, and keeps every zero of the base. Training, saving, several adapters and `disable_adapter` are PEFT's.
+    The mask is SparsePEFT's (SQFT, arXiv 2410.03750). Call it after an adapter was added or loaded; an adapter that is
+    masked already stays as it is. Layers without zeros keep PEFT's cheaper forward pass.
+
+    Args:
+        model (`PeftModel`): With LoRA on `nn.Linear` or `Conv1D` layers, quantized ones too (the zeros of the
+            dequantized weights are the mask), or on parameters such as a layer's experts. Changed in place.
+
+    Returns:
+        `PeftModel`: The model itself.
+
+    Raises:
+        TypeError: If `model` is not a `PeftModel`.
+        ValueError: If an adapter is not LoRA on linear layers (DoRA, an embedding), if adapters are merged, or if the
+            adapter was trained on a base with other zeros.
+
+    Example:
+
+    ```python
+    >>> base = AutoModelForCausalLM.from_pretrained("out/sparse")
+    >>> model = mask_lora(get_peft_model(base, LoraConfig(r=16, target_modules="all-linear")))
+    >>> ...  # train it, save it
+    >>> model.merge_and_unload().save_pretrained("out/merged")
+    ```
+    """
+    layers = _lora_layers(model, "mask")
+    record: MaskRecord = {}
+    for name, layer in tqdm(layers.items(), desc="Masks"):
+        if entry := record_of(base_weight(layer)):
+            record[name] = entry
+    if not record:
+        warnings.warn("None of the adapted weights is zero: there is nothing to mask.", stacklevel=2)
+    for adapter in model.active_adapters:
+        config = model.peft_config[adapter]
+        present = {name: entry for name, entry in record.items() if adapter in layers[name].lora_A}
+        if getattr(config, "lp_masked_layers", None) is not None:
+            check_record(config.lp_masked_layers, present, adapter)
+        for name in present:
+            mask_layer(layers[name], adapter, _tied_config(model, layers[name]))
+        config = copy.copy(config)
+        config.__class__ = MaskedLoraConfig
+        config.lp_masked_layers = present
+        model.peft_config[adapter] = config
+    return model
+
+
+def load_masked_lora(base: nn.Module, adapter: str, **kwargs) -> PeftModel:
+    """Load a masked adapter, after a check that the base has the zeros that it was trained with.
+
+    Args:
+        base (`nn.Module`): The sparse base model.
+        adapter (`str`): Folder or hub id of the adapter.
+        **kwargs: For `PeftModel.from_pretrained`, such as `is_trainable`.
+
+    Returns:
+        `PeftModel`: The model with the adapter, masked.
+
+    Raises:
+        ValueError: If the adapter was not saved masked, or if the base has other zeros.
+    """
+    hub = {key: kwargs[key] for key in ("subfolder", "revision", "token", "cache_dir") if key in kwargs}
+    config = MaskedLoraConfig.from_pretrained(adapter, **hub)
+    if config.lp_masked_layers is None:
+        raise ValueError(f"{adapter} was not saved masked: load it with PeftModel.from_pretrained, then mask_lora.")
+    config.inference_mode = not kwargs.get("is_trainable", False)
+    return mask_lora(PeftModel.from_pretrained(base, adapter, config=config, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -35,7 +122,7 @@ def merge_cost(model: PeftModel) -> MergeCost:
     """Measure what [`merge_sparse`] would drop, without changing the model.
 
     Args:
-        model (`PeftModel`): With LoRA on `nn.Linear` or `Conv1D` layers; its active adapters count.
+        model (`PeftModel`): With LoRA on `nn.Linear` or `Conv1D` layers or on parameters; its active adapters count.
 
     Returns:
         `MergeCost`: Relative norms, per layer and in total.
@@ -43,11 +130,11 @@ def merge_cost(model: PeftModel) -> MergeCost:
     Raises:
         TypeError: If `model` is not a `PeftModel`.
         ValueError: If an adapter is not LoRA on linear layers (or DoRA, which rescales all of a weight), if the base
-            is quantized, or if adapters are merged already.
+            is quantized and the adapter is not masked, or if adapters are merged already.
     """
     layers, dropped, whole = {}, 0.0, 0.0
     for name, layer in tqdm(_lora_layers(model).items(), desc="Adapters"):
-        zero = layer.get_base_layer().weight == 0
+        zero = base_weight(layer) == 0
         deltas = [layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A]
         delta = sum(delta.double() for delta in deltas) if deltas else torch.zeros_like(zero, dtype=torch.float64)
         lost, norm = delta[zero].square().sum().item(), delta.square().sum().item()
@@ -80,14 +167,22 @@ def merge_sparse(model: PeftModel) -> nn.Module:
     ```
     """
     cost = merge_cost(model)
+    dequantized = False
     for layer in tqdm(_lora_layers(model).values(), desc="Merging"):
-        weight = layer.get_base_layer().weight
-        zero = weight == 0
+        if is_quantized(layer):
+            _dequantize(layer, model.get_base_model().dtype)
+            dequantized = True
+        if (config := _tied_config(model, layer)) is not None:
+            untie(layer, config)
+        zero = base_parameter(layer) == 0
         layer.merge(safe_merge=True)
-        weight.masked_fill_(zero, 0.0)
+        base_parameter(layer).masked_fill_(zero, 0.0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
         base = model.merge_and_unload()
+    _say_what_is_tied(base)
+    if dequantized:
+        _forget_quantization(base)
     worst = max(cost.layers, key=cost.layers.get)
     tqdm.write(
         f"Merged {len(cost.layers)} layers. Keeping their zeros dropped {cost.total:.2%} of the adapter's norm (most in"
@@ -96,25 +191,68 @@ def merge_sparse(model: PeftModel) -> nn.Module:
     return base
 
 
-def _lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+def _lora_layers(model: PeftModel, verb: str = "merge") -> dict[str, LoraLayer]:
+    """The adapted layers by the name of the weight that they adapt, without a final ".weight"."""
     if not isinstance(model, PeftModel):
-        raise TypeError(f"Expected a PeftModel, got a {type(model).__name__}, which has no adapters to merge.")
+        raise TypeError(f"Expected a PeftModel, got a {type(model).__name__}, which has no adapters to {verb}.")
     dora = isinstance(model.base_model, LoraModel) and any(
         model.peft_config[name].use_dora for name in model.active_adapters
     )
     if dora or not isinstance(model.base_model, LoraModel):
         raise ValueError(
             f"The adapter is a {'DoRA' if dora else type(model.base_model).__name__}, and only LoRA without use_dora"
-            " adds to a weight, so that a part of it can be dropped: merge with merge_and_unload, and sparsify again."
+            " adds to a weight, so that a part of it can be dropped or masked: train a LoRA, or merge with"
+            " merge_and_unload and sparsify again."
         )
-    layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
-    for name, layer in layers.items():
+    layers = {}
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
         base = layer.get_base_layer()
-        if not isinstance(base, (nn.Linear, Conv1D)) or not base.weight.is_floating_point():
+        other = next((v for v in layer.lora_variant.values() if not isinstance(v, MaskedLoraVariant)), None)
+        if other is not None:
+            raise ValueError(f"{name} has a {type(other).__name__}: only plain LoRA adds to a weight. Leave it out.")
+        if isinstance(layer, ParamWrapper):
+            name = f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+        elif not isinstance(base, (nn.Linear, Conv1D)):
             raise ValueError(
-                f"{name} is a {type(base).__name__}, and adapters can be merged into nn.Linear and Conv1D layers of"
-                " floating point weights: load the base without quantization, and adapt its linear layers only."
+                f"{name} is a {type(base).__name__}, and adapters can be {verb}{'d' if verb[-1] == 'e' else 'ed'} on"
+                " nn.Linear and Conv1D layers and parameters of floating point weights: adapt its linear layers only."
             )
         if layer.merged:
             raise ValueError(f"The adapters of {name} are merged already: call model.unmerge_adapter() first.")
+        layers[name] = layer
     return layers
+
+
+def _dequantize(layer: LoraLayer, dtype: torch.dtype) -> None:
+    """Put an ordinary linear layer in place of a quantized one, and a LoRA layer for such layers around it."""
+    old = layer.get_base_layer()
+    weight = base_weight(layer).detach().to(dtype, copy=True)
+    new = nn.Linear(old.in_features, old.out_features, bias=False, device="meta")
+    new.weight, new.bias = nn.Parameter(weight, requires_grad=False), old.bias
+    layer.base_layer = new
+    masked = isinstance(layer, Masked)
+    layer.__class__ = MaskedLinear if masked else Linear
+
+
+def _tied_config(model: PeftModel, layer: LoraLayer):
+    """The base model's config if the layer's weight is tied to that of another module."""
+    base, weight = model.get_base_model(), base_parameter(layer)
+    users = [name for name, param in base.named_parameters(remove_duplicate=False) if param is weight]
+    return base.config if len(users) > 1 else None
+
+
+def _say_what_is_tied(base: nn.Module) -> None:
+    """Modules of `modules_to_save` are copies: a head or an embedding among them is tied no longer."""
+    if not getattr(getattr(base, "config", None), "tie_word_embeddings", False):
+        return
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if None not in ends and ends[0].weight is not ends[1].weight:
+        base.config.tie_word_embeddings = False
+
+
+def _forget_quantization(base: nn.Module) -> None:
+    base.config.__dict__.pop("quantization_config", None)
+    for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+        base.__dict__.pop(name, None)

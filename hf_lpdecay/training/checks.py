@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
 
 from ..config import LpDecayConfig
-from ..optim import LpAdamW
+from ..optim import LpAdamW, LpDecay
 from .zero import check_zero
 
 
@@ -34,8 +34,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: LpDecayConfig) -> 
 
 def check_stepped(optimizer: torch.optim.Optimizer, driver: str, cure: str) -> None:
     """Raise where an optimizer has no p-norm decay to drive."""
-    if not isinstance(optimizer, LpAdamW):
-        raise ValueError(f"{driver} drives an LpAdamW, but got a {type(optimizer).__name__}: {cure}.")
+    if not isinstance(optimizer, (LpAdamW, LpDecay)):
+        raise ValueError(f"{driver} drives an LpAdamW or an LpDecay, but got a {type(optimizer).__name__}: {cure}.")
 
 
 def check_sharding(state: AcceleratorState, config: LpDecayConfig, deepspeed: bool = True) -> None:

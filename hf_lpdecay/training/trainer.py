@@ -8,27 +8,25 @@ import torch
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
-from transformers.training_args import OptimizerNames
 
 from ..card import write_card
 from ..config import LpDecayConfig
-from ..optim import LpAdamW
+from ..optim import LpAdamW, LpDecay
 from ..sparsity import Ramp, participants
 from .callbacks import SparsityCallback, unwrapped
 from .checkpoints import WholeCheckpointsMixin, last_whole_checkpoint
 from .checks import check_sharding
 from .distillation import Distiller, logits_of
+from .optimizers import ADAMW, check_optim, config_for
 from .record import card_facts, write_record
-
-
-_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
 class LpDecayMixin(WholeCheckpointsMixin):
     """Makes a `Trainer` train sparse. Put it in front: `class MyTrainer(LpDecayMixin, Trainer)`.
 
     It makes the optimizer an [`~hf_lpdecay.LpAdamW`] with the learning rate, betas, epsilon and weight decay of the
-    `TrainingArguments`, gives the selected weights groups of their own, drives them to the target with a
+    `TrainingArguments`, or wraps another one that their `optim` names in an [`~hf_lpdecay.LpDecay`], gives the
+    selected weights groups of their own, drives them to the target with a
     [`SparsityCallback`], and puts `sparsity`, `lp_lambda` and `lp_phase` beside the loss in the logs.
 
     A loss or gradient that is not finite stops the run before a weight is touched. With a gradient scaler (fp16)
@@ -51,7 +49,8 @@ class LpDecayMixin(WholeCheckpointsMixin):
 
     def __init__(self, *args, lp_config: LpDecayConfig, **kwargs):
         super().__init__(*args, **kwargs)
-        self.lp_config = lp_config
+        check_optim(self.args.optim, lp_config)
+        lp_config = self.lp_config = config_for(self.args.optim, lp_config)
         self.lp_facts: dict[str, Any] = {}
         self._check_can_decay()
         # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
@@ -68,9 +67,11 @@ class LpDecayMixin(WholeCheckpointsMixin):
         return [name.removesuffix(".weight") for name in self._lp_names]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make an [`~hf_lpdecay.LpAdamW`], grouped as the `Trainer` does and by whether the p-norm decay acts."""
+        """Make an [`~hf_lpdecay.LpAdamW`], or an [`~hf_lpdecay.LpDecay`] around what `optim` names, grouped as the
+        `Trainer` does and by whether the p-norm decay acts."""
         if self.optimizer is None:
-            if self.optimizer_cls_and_kwargs is None:
+            wrapped = self.args.optim not in ADAMW and self.optimizer_cls_and_kwargs is None
+            if self.optimizer_cls_and_kwargs is None and not wrapped:
                 options = {
                     "lr": self.args.learning_rate,
                     "betas": (self.args.adam_beta1, self.args.adam_beta2),
@@ -79,6 +80,8 @@ class LpDecayMixin(WholeCheckpointsMixin):
                 }
                 self.optimizer_cls_and_kwargs = (LpAdamW, options)
             super().create_optimizer(model)
+            if wrapped:
+                self.optimizer = LpDecay(self.optimizer)
             params = dict(unwrapped(self.model if model is None else model).named_parameters())
             selected = {id(params[name]) for name in self._lp_names}
             _split_groups(self.optimizer, selected, self.lp_config, alone=self.is_deepspeed_enabled)
@@ -198,10 +201,8 @@ class LpDecayMixin(WholeCheckpointsMixin):
             raise ValueError(
                 f"optimizer_cls_and_kwargs names {chosen[0].__name__}, but {type(self).__name__} needs LpAdamW."
             )
-        if self.args.optim not in _OPTIMIZERS:
-            raise ValueError(
-                f"optim={OptimizerNames(self.args.optim).value!r} has no p-norm decay: use one of {_OPTIMIZERS}."
-            )
+        if self.args.optim not in ADAMW and chosen is None:
+            self.get_optimizer_cls_and_kwargs(self.args, self.model)  # says what is not installed
         check_sharding(self.accelerator.state, self.lp_config)
         if any(isinstance(callback, SparsityCallback) for callback in self.callback_handler.callbacks):
             raise ValueError(

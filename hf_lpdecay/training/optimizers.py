@@ -1,0 +1,57 @@
+"""Which optimizers of `TrainingArguments` train sparse, and what the importance takes from them."""
+
+import dataclasses
+
+from transformers.training_args import OptimizerNames
+from transformers.utils import logging
+
+from ..config import LpDecayConfig
+
+
+logger = logging.get_logger(__name__)
+
+# What LpAdamW itself is; anything else is wrapped in LpDecay.
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+# Those whose second moment `importance_from_adam` finds, beside AdamW's.
+_SECOND_MOMENT = ("adafactor", "rmsprop", "adagrad")
+
+
+def check_optim(optim: str, config: LpDecayConfig) -> None:
+    """Raise if an optimizer cannot be wrapped.
+
+    Args:
+        optim (`str`): Of `TrainingArguments`.
+        config (`LpDecayConfig`): How the model is made sparse.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    name = OptimizerNames(optim).value
+    reason = None
+    if "layerwise" in name or "lomo" in name:
+        reason = "it steps in the backward pass, layer by layer, where no decay can follow the step"
+    elif name.startswith("schedule_free"):
+        reason = "it trains at points between two sets of weights, and zeros of one are none of the other"
+    elif name not in ADAMW and config.s_rate != 1:
+        reason = f"s_rate={config.s_rate} is an option of LpAdamW alone"
+    if reason is not None:
+        raise ValueError(f"optim={name!r} has no p-norm decay: {reason}. Take 'adamw_torch_fused', or 'adafactor'.")
+
+
+def config_for(optim: str, config: LpDecayConfig) -> LpDecayConfig:
+    """The config with an importance that the optimizer can give.
+
+    Args:
+        optim (`str`): Of `TrainingArguments`.
+        config (`LpDecayConfig`): As the user made it.
+
+    Returns:
+        `LpDecayConfig`: With `importance="activation"` where `"adam"` would find no second moment.
+    """
+    name = OptimizerNames(optim).value
+    if config.target_sparsity is None or config.importance != "adam" or name in (*ADAMW, *_SECOND_MOMENT):
+        return config
+    logger.warning_once(
+        f"optim={name!r} keeps no second moment that importance='adam' could use: importance='activation' is used."
+    )
+    return dataclasses.replace(config, importance="activation")

@@ -1,0 +1,131 @@
+"""Compare ways to fine-tune a sparse model with adapters: LoRA merged by dropping, masked LoRA, all weights.
+
+accelerate launch recipes/compare_lora.py --init_from path/to/wanda-50 path/to/sparsegpt-50 --seeds 0 1 2
+"""
+
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import finetune
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, default_data_collator, set_seed
+
+from hf_lpdecay import LpDecayConfig, LpDecayTrainer, mask_lora, measure_sparsity, merge_sparse
+from hf_lpdecay.evaluation import perplexity
+from hf_lpdecay.sparsity.report import write_text
+
+
+METHODS = ("lora", "masked-lora", "all-weights")
+
+
+@dataclass
+class CompareLoraArguments(finetune.ScriptArguments):
+    """What is compared."""
+
+    init_from: list[str] = field(default_factory=list, metadata={"help": "Folders of sparse models."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Their scale, times the rank."})
+    lora_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the adapters."})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds to repeat everything with."})
+    results_file: str = field(default="outputs/compare-lora.json", metadata={"help": "JSON file to write."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"Invalid method in methods: {method!r} - should be one of {', '.join(METHODS)}.")
+        for folder in self.init_from:
+            if not (Path(folder) / "config.json").is_file():
+                raise ValueError(f"Invalid folder in init_from: {folder!r} - there is no config.json in it.")
+
+
+def main(argv: list[str]) -> int:
+    try:
+        script, _, args, given = finetune.parse(argv, CompareLoraArguments, __doc__)
+        if not script.init_from:
+            raise ValueError("Which sparse models? Name their folders with --init_from.")
+        data = finetune.load_data(dataclasses.replace(script, model_name_or_path=script.init_from[0]))
+    except (ValueError, OSError) as error:
+        print(f"compare_lora.py: error: {error}", file=sys.stderr)
+        return 2
+    args.save_strategy = "no"
+    runs = []
+    for seed in script.seeds:
+        for folder in script.init_from:
+            for method in script.methods:
+                found = run(script, args, data, folder, method, seed)
+                runs.append({"base": Path(folder).name, "method": method, "seed": seed, **found})
+                print(json.dumps(runs[-1]), flush=True)
+                # Written after every run, so that nothing is lost.
+                Path(script.results_file).parent.mkdir(parents=True, exist_ok=True)
+                write_text(script.results_file, json.dumps({"options": given, "runs": runs}, indent=2) + "\n")
+    print(f"\n{table(runs)}\n\nwritten to {script.results_file}")
+    return 0
+
+
+def run(script, args, data: finetune.Data, folder: str, method: str, seed: int) -> dict[str, float]:
+    """Train one sparse model in one way, and evaluate it in float32 before and after the merge."""
+    set_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    args = dataclasses.replace(args, seed=seed)
+    options = {
+        "train_dataset": data.train,
+        "processing_class": data.tokenizer,
+        "data_collator": default_data_collator,
+    }
+    if method == "all-weights":
+        trainer = LpDecayTrainer(model=model, args=args, lp_config=LpDecayConfig(freeze_zeros=True), **options)
+    else:
+        args.learning_rate = script.lora_learning_rate
+        config = LoraConfig(
+            r=script.lora_r, lora_alpha=script.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, config)
+        trainer = Trainer(model=mask_lora(model) if method == "masked-lora" else model, args=args, **options)
+    started = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - started
+    # Without the autocast that the Trainer wrapped around the model's forward.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    windows, size = data.validation["input_ids"], args.per_device_eval_batch_size
+    found = {"unmerged": perplexity(model, windows, size, "Perplexity")}
+    if method != "all-weights":
+        model = merge_sparse(model)
+    found["merged"] = (
+        perplexity(model, windows, size, "Perplexity merged") if method != "all-weights" else found["unmerged"]
+    )
+    found |= {"sparsity": measure_sparsity(model).sparsity, "seconds": round(seconds, 1)}
+    del trainer, model
+    gc.collect()
+    return found
+
+
+def table(runs: list[dict]) -> str:
+    """One row per base and method: mean over the seeds, smallest and largest."""
+    lines = [
+        "| base | method | sparsity | unmerged | merged | smallest - largest | seeds | seconds |",
+        "| --- " * 8 + "|",
+    ]
+    for base, method in dict.fromkeys((run["base"], run["method"]) for run in runs):
+        own = [run for run in runs if (run["base"], run["method"]) == (base, method)]
+        mean = {
+            name: statistics.mean(run[name] for run in own) for name in ("sparsity", "unmerged", "merged", "seconds")
+        }
+        merged = [run["merged"] for run in own]
+        lines.append(
+            f"| {base} | {method} | {mean['sparsity']:.2%} | {mean['unmerged']:.2f} | {mean['merged']:.2f} |"
+            f" {min(merged):.2f} - {max(merged):.2f} | {len(own)} | {mean['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

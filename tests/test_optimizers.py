@@ -1,0 +1,44 @@
+"""Any optimizer of `TrainingArguments` in `LpDecayTrainer`."""
+
+import pytest
+from conftest import same_bits, tiny_llama, trainer_for, weights
+
+from hf_lpdecay import LpDecay, LpDecayConfig
+
+
+def config(**options):
+    return LpDecayConfig(target_sparsity=0.5, num_plans=3, **options)
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "sgd", "rmsprop", "adagrad"])
+def test_an_optimizer_of_the_arguments_trains_to_the_exact_target_and_resumes(tmp_path, optim):
+    options = {"optim": optim, "learning_rate": 1e-2, "max_steps": 24, "save_strategy": "steps", "save_steps": 8}
+    trainer = trainer_for(tmp_path / "whole", config(), **options)
+    assert trainer.lp_config.importance == ("activation" if optim == "sgd" else "adam")
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, LpDecay)
+    zeros = sum(int((param == 0).sum()) for name, param in weights(trainer.model).items() if "_proj" in name)
+    total = sum(param.numel() for name, param in weights(trainer.model).items() if "_proj" in name)
+    assert zeros == round(0.5 * total)
+    again = trainer_for(tmp_path / "whole", config(), model=tiny_llama(seed=1), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    assert same_bits(weights(trainer.model), weights(again.model))
+
+
+def test_optim_args_reach_the_optimizer(tmp_path):
+    trainer = trainer_for(tmp_path, config(), optim="sgd", optim_args="momentum=0.5")
+    optimizer = trainer.create_optimizer()
+    assert all(group["momentum"] == 0.5 for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("optim", "reason"),
+    [
+        ("galore_adamw_layerwise", "it steps in the backward pass"),
+        ("lomo", "it steps in the backward pass"),
+        ("schedule_free_adamw", "it trains at points between two sets of weights"),
+    ],
+)
+def test_an_optimizer_that_cannot_work_is_refused(tmp_path, optim, reason):
+    with pytest.raises(ValueError, match=f"optim='{optim}' has no p-norm decay: {reason}"):
+        trainer_for(tmp_path, config(), optim=optim)
