@@ -77,7 +77,7 @@ class SparsityController:
         self._dims = {param: (input_dims or {}).get(name, 1) for name, param in params.items()}
         self._ids = {id(param) for param in params.values()}
         for name, param in params.items():
-            if is_sharded(param) and self.pattern.rows(self._dims[param]) > 1:
+            if is_sharded(param) and param.dim() == 2 and self.pattern.rows(self._dims[param]) > 1:
                 raise ValueError(
                     f"pattern={config.pattern!r} needs {self.pattern.rows(self._dims[param])} rows of {name} in one"
                     " process, but its rows are spread over several: train with DDP, or take another pattern."

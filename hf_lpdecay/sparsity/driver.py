@@ -12,7 +12,7 @@ from .compensation import Compensation
 from .controller import SparsityController
 from .report import count_nonzero
 from .schedule import DECAY, DENSE, SETTLE, PlainSchedule, Ramp
-from .selection import input_dims, selected_units
+from .selection import block_weights_left_out, input_dims, selected_units
 from .sharding import whole
 
 
@@ -196,7 +196,18 @@ class SparsityDriver:
             f"{what} on {len(self.params)} of {len(trained)} trained tensors, {numel:,} of"
             f" {total:,} weights ({numel / total:.1%}), {plan}; not on {len(others)} others"
             + (f" ({examples})." if others else ".")
+            + self._describe_left_out()
         )
+
+    def _describe_left_out(self) -> str:
+        """Which matrices of the blocks take no part, with their share."""
+        left_out = block_weights_left_out(self._model, self.params)
+        if not left_out:
+            return ""
+        size = sum(left_out.values())
+        share = size / (size + sum(param.numel() for param in self.params.values()))
+        few = ", ".join(list(left_out)[:3]) + (", ..." if len(left_out) > 3 else "")
+        return f" {share:.1%} of the weights in the blocks take no part: {few}."
 
     def _finish_activations(self) -> None:
         if self._activations is not None:
