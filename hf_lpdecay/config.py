@@ -46,6 +46,8 @@ class LpDecayConfig:
             group and its query heads; `"rank"`: a row of LoRA's A and the column of its B. The target is then the
             fraction of the tiles, of the neurons or heads of each layer, or of the ranks. All but the first need a
             target.
+        require_shrinkable (`bool`, *optional*, defaults to `True`): Refuse `"neurons"` and `"heads"` before the first
+            step where [`shrink`] could not cut them out. `False` trains zeros in this pattern for their own sake.
         scope (`str`, *optional*): `"layer"` makes every tensor equally sparse, `"global"` ranks all weights together.
             Only matters with a target. Defaults to `"global"`, and to `"layer"` with n:m, neurons and heads.
         importance (`str`, *optional*): The score by which weights are pruned. `"magnitude"` is ``|w|``; `"adam"` is
@@ -112,6 +114,9 @@ class LpDecayConfig:
     pattern: str = field(
         default="unstructured",
         metadata={"help": "What is pruned: 'unstructured', 'n:m', 'block:RxC', 'neurons', 'heads' or 'rank'."},
+    )
+    require_shrinkable: bool = field(
+        default=True, metadata={"help": "Refuse neurons and heads that shrink could not cut out."}
     )
     scope: Literal["layer", "global"] | None = field(
         default=None, metadata={"help": "Whether each tensor ('layer') or all together ('global') meet the target."}

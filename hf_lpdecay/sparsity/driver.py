@@ -109,6 +109,8 @@ class SparsityDriver:
                 self._controller.resume(self._step, learning_rates)
             return
         self._mark()
+        if self._controller is not None:
+            self._keep_zeros()
         config = self.config
         if config.calibration_batches:
             params, gradients = list(self.params.values()), config.importance == "adam"
@@ -213,6 +215,24 @@ class SparsityDriver:
         if self._activations is not None:
             self._activations.finish()
             self._activations = None
+
+    @torch.no_grad()
+    def _keep_zeros(self) -> None:
+        """Keep the zeros of a model that is sparse already; a target below what it has is refused."""
+        config = self.config
+        zeros = {name: param.numel() - int(whole(count_nonzero(param))) for name, param in self.params.items()}
+        if config.pattern == "unstructured" and not config.freeze_zeros:
+            together = {"the selected weights": list(self.params)}
+            pools = together if config.scope == "global" else {name: [name] for name in self.params}
+            for what, names in pools.items():
+                numel, has = sum(self.params[name].numel() for name in names), sum(zeros[name] for name in names)
+                if has > round(config.target_sparsity * numel):
+                    raise ValueError(
+                        f"target_sparsity={config.target_sparsity} is below the {has / numel:.2%} zeros that {what}"
+                        " already have: choose a higher target, or keep them with freeze_zeros=True."
+                    )
+        if any(zeros.values()):
+            self._controller.freeze_zeros()
 
     def _mark(self) -> None:
         """Mark the selected parameters in groups that hold others too, such as those that a plain `Trainer` makes.

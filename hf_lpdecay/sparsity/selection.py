@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .experts import expert_weights
 from .patterns import Structured, parse_pattern
+from .shrinkable import check_shrinkable
 from .units import Units, check_units, find_units
 
 
@@ -142,7 +143,10 @@ def participants(model: nn.Module, config: "LpDecayConfig") -> dict[str, nn.Para
     else:
         selected = select_parameters(model, config.target_modules, config.exclude_modules)
     parse_pattern(config.pattern).check_all(selected, input_dims(model))
-    spanned = {id(param) for units in selected_units(model, config, selected) for param in units.params}
+    found = selected_units(model, config, selected)
+    if config.pattern in ("neurons", "heads") and config.require_shrinkable and isinstance(model, PreTrainedModel):
+        check_shrinkable(model, config.pattern, found, config.target_sparsity)
+    spanned = {id(param) for units in found for param in units.params}
     return {name: param for name, param in selected.items() if id(param) in spanned} if spanned else selected
 
 
