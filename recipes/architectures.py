@@ -22,7 +22,7 @@ from hf_lpdecay.artifacts.shrink import example_inputs
 from hf_lpdecay.sparsity import SparsityDriver, input_dims, participants
 
 
-STEPS = 16
+STEPS = 12
 COLUMNS = ("unstructured", "2:4", "neurons", "heads", "shrink", "pack", "LoRA merge")
 # Options of a config that differ from these, by model type, and the class that is made from it.
 COMMON = {
@@ -126,10 +126,10 @@ def train(model: transformers.PreTrainedModel, config: LpDecayConfig) -> None:
 
 def config_for(pattern: str) -> LpDecayConfig:
     """Half of everything, with a ramp as short as it may be."""
-    options = {"ramp_start": 0.3, "ramp_end": 0.95, "num_plans": 2}
-    if pattern == "2:4":
-        return LpDecayConfig(pattern=pattern, importance="adam", calibration_batches=0, **options)
-    return LpDecayConfig(pattern=pattern, target_sparsity=0.5, **options)
+    options = {"pattern": pattern, "ramp_end": 0.9, "num_plans": 2, "importance": "magnitude"}
+    if pattern != "2:4":
+        options["target_sparsity"] = 0.5
+    return LpDecayConfig(compensate=pattern == "unstructured", calibration_batches=0, **options)
 
 
 def check(name: str) -> dict[str, str]:

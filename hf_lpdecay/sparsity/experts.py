@@ -1,4 +1,4 @@
-"""The experts of a mixture, whose linear layers Transformers keeps as 3-D parameters: (experts, out, in), or transposed.
+"""The experts of a mixture, whose linear layers Transformers keeps as 3-D parameters, (experts, out, in) or transposed.
 
 Every expert's matrix is the weight of a linear layer like any other.
 """

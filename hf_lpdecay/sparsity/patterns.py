@@ -60,8 +60,8 @@ class SemiStructured(Unstructured):
     def check(self, name: str, param: Tensor, dim: int) -> None:
         if param.shape[-2:][dim] % self.group:
             raise ValueError(
-                f"pattern={self.spec!r}: {name} has {param.shape[-2:][dim]} input features, not a multiple of {self.group}."
-                " Leave it out with exclude_modules, or take another pattern."
+                f"pattern={self.spec!r}: {name} has {param.shape[-2:][dim]} input features, not a multiple of"
+                f" {self.group}. Leave it out with exclude_modules, or take another pattern."
             )
 
 

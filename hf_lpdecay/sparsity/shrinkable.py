@@ -61,13 +61,13 @@ def smallest_valid(
     Raises:
         ValueError: If there is none with fewer than `count`.
     """
-    for size in range(size, count):
-        smaller = resized(config, pattern, side, count, size)
+    for enough in range(size, count):
+        smaller = resized(config, pattern, side, count, enough)
         try:  # some configs want the hidden size to be a multiple of the heads
             smaller.validate()
         except StrictDataclassClassValidationError:
             continue
-        return smaller, size
+        return smaller, enough
     raise ValueError(f"no smaller number of {pattern} is a valid {type(config).__name__}")
 
 

@@ -107,7 +107,8 @@ def find_units(model: PreTrainedModel | PeftModel, pattern: str) -> list[Units]:
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): Llama, Qwen, Mistral, Phi-3, GPT-2, GPT-NeoX, Falcon, BLOOM, OPT,
-            BERT, ModernBERT, RoBERTa, BART, T5, ViT and what is built like them; for `"rank"`, with LoRA on linear layers.
+            BERT, ModernBERT, RoBERTa, BART, T5, ViT and what is built like them; for `"rank"`, with LoRA on linear
+            layers.
         pattern (`str`): `"neurons"`: a neuron is a row of the layers that read the residual stream and the column of
             the one that writes to it. `"heads"`: the rows of queries, keys and values and the columns of the output
             projection; with grouped queries, those of a key/value group and all its query heads. `"rank"`: a row of
@@ -213,7 +214,10 @@ def _attention(config, linears: list[nn.Module], names: dict[int, str]) -> tuple
     heads = config.num_attention_heads
     if len(linears) not in (2, 4):
         return None
-    *readers, output = linears  # the output projection comes last, in all of them
+    # The output projection comes last, but for a layer that holds queries, keys and values.
+    *readers, output = (
+        sorted(linears, key=lambda m: not _FUSED.search(names[id(m.weight)])) if len(linears) == 2 else linears
+    )
     inputs, outputs = _inputs_outputs(output)
     if outputs != config.hidden_size or inputs % heads:
         return None
