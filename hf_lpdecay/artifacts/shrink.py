@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..sparsity import Units, find_units
-from ..sparsity.shrinkable import check_shapes, equally_wide, keep, smallest_valid
+from ..sparsity.shrinkable import check_norms, check_shapes, equally_wide, keep, smallest_valid
 
 
 logger = logging.get_logger(__name__)
@@ -63,6 +63,7 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
                 continue
             cut: dict[str, dict[int, Tensor]] = {}
             try:
+                check_norms(model, pattern, found)
                 smaller_config, size = smallest_valid(config, pattern, side, count, size)
                 for units, indices in zip(group, live):
                     keep(units, _padded(indices, count, size), cut)

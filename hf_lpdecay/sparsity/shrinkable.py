@@ -32,6 +32,27 @@ def equally_wide(model: PreTrainedModel, pattern: str, found: list[Units]) -> di
     return sides
 
 
+def check_norms(model: PreTrainedModel, pattern: str, found: list[Units]) -> None:
+    """Raise a `ValueError` where queries or keys are normalized over all heads, so that fewer heads change the others.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        pattern (`str`): `"neurons"` or `"heads"`.
+        found (`list[Units]`): From [`find_units`].
+    """
+    if pattern != "heads":
+        return
+    widths = {units.count * part.width for units in found for part in units.slices}
+    for name, param in model.named_parameters():
+        if (
+            re.search(r"[qk]_(layer)?norm", name)
+            and param.dim() == 1
+            and param.numel() in widths
+            and found[0].count > 1
+        ):
+            raise ValueError(f"{name} normalizes over all heads")
+
+
 def resized(config: PreTrainedConfig, pattern: str, side: str, count: int, size: int) -> PreTrainedConfig:
     """A config with `size` of `count` neurons, or heads (key/value groups).
 
@@ -117,6 +138,7 @@ def check_shrinkable(model: PreTrainedModel, pattern: str, found: list[Units], s
     """
     config, kept = model.config, {}
     try:
+        check_norms(model, pattern, found)
         for side, group in equally_wide(model, pattern, found).items():
             count = group[0].count
             if any(units.count != count for units in group):
