@@ -171,8 +171,12 @@ def check(name: str) -> dict[str, str]:
     # PEFT's own "all-linear" takes routers and experts too, which merge_sparse does not.
     layers = [key.removesuffix(".weight") for key, value in match_parameters(sparse).items() if value.dim() == 2]
     peft_model = get_peft_model(sparse, LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
-    merged = dict(merge_sparse(peft_model).named_parameters())
-    assert all((merged[key][mask] == 0).all() for key, mask in zeros.items())
+    try:
+        merged = dict(merge_sparse(peft_model).named_parameters())
+    except ValueError as error:  # PEFT may adapt the experts with the layers of the same names
+        row["LoRA merge"] = reason(str(error))
+    else:
+        assert all((merged[key][mask] == 0).all() for key, mask in zeros.items())
     return row
 
 
@@ -189,6 +193,7 @@ def reason(message: str) -> str:
     """A refusal in about three words."""
     for part, words in (
         ("has experts", "no: 3-D experts"),
+        ("Experts, and adapters", "no: 3-D experts"),
         ("how wide fewer heads", "no: width not free"),
         ("over all heads", "no: norm over heads"),
         ("has no number for", "no: width not in config"),

@@ -7,7 +7,30 @@ from transformers import logging
 
 
 # What the table says, beside "yes" everywhere.
-REFUSED: dict[str, dict[str, str]] = {}
+FIXED_WIDTH = dict.fromkeys(
+    (
+        *("gpt2", "gptj", "gpt_neox", "falcon", "opt", "bert", "roberta", "deberta-v2", "distilbert", "albert"),
+        *("electra", "modernbert", "t5", "bart", "vit"),
+    ),
+    {"heads": "no: width not free"},
+)
+EXPERTS = {"neurons": "no: 3-D experts"}
+REFUSED = {
+    **FIXED_WIDTH,
+    "bloom": {"heads": "no: width not free", "neurons": "no: width not in config", "shrink": "nothing to cut"},
+    "olmo2": {"heads": "no: norm over heads"},
+    "stablelm": {"heads": "no: config cannot say"},
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "olmoe": {**EXPERTS, "heads": "no: norm over heads", "shrink": "nothing to cut"},
+    "gpt_oss": {**EXPERTS, "heads": "no: config cannot say", "shrink": "nothing to cut"},
+    "deepseek_v3": {
+        **EXPERTS,
+        "heads": "no: unknown layout",
+        "shrink": "nothing to cut",
+        "LoRA merge": "no: 3-D experts",
+    },
+}
 
 
 @pytest.mark.parametrize("name", architectures.MODELS)
