@@ -7,16 +7,13 @@ from transformers import logging
 
 
 # What the table says, beside "yes" everywhere.
-FIXED_WIDTH = dict.fromkeys(
-    (
-        *("gpt2", "gptj", "gpt_neox", "falcon", "opt", "bert", "roberta", "deberta-v2", "distilbert", "albert"),
-        *("electra", "modernbert", "t5", "bart", "vit"),
-    ),
-    {"heads": "no: width not free"},
+FIXED_WIDTH = (
+    *("gpt2", "gptj", "gpt_neox", "falcon", "opt", "bert", "roberta", "deberta-v2", "distilbert", "albert"),
+    *("electra", "modernbert", "t5", "bart", "vit"),
 )
 EXPERTS = {"neurons": "no: 3-D experts"}
 REFUSED = {
-    **FIXED_WIDTH,
+    **{name: {"heads": "no: width not free"} for name in FIXED_WIDTH},
     "bloom": {"heads": "no: width not free", "neurons": "no: width not in config", "shrink": "nothing to cut"},
     "olmo2": {"heads": "no: norm over heads"},
     "stablelm": {"heads": "no: config cannot say"},
