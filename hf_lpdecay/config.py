@@ -36,9 +36,9 @@ class LpDecayConfig:
         target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): Which modules take part, as PEFT
             spells it: a list of name suffixes, a string that is a regular expression for the whole name, or
             `"all-linear"`: every linear layer, those of experts included, but the output head and routers. Experts'
-            3-D parameters go by their own names, such as `"experts.gate_up_proj"`. Embeddings, norms and biases never take part, except
-            an embedding that is tied to a head which is named: take `importance="activation"` then, since the others
-            take the rows of rare tokens as a whole, from which no gradient recovers.
+            3-D parameters go by their own names, such as `"experts.gate_up_proj"`. Embeddings, norms and biases never
+            take part, except an embedding that is tied to a head which is named: take `importance="activation"` then,
+            since the others take the rows of rare tokens as a whole, from which no gradient recovers.
         exclude_modules (`list[str]` or `str`, *optional*): Which of them do not, spelt alike.
         pattern (`str`, *optional*, defaults to `"unstructured"`): What is pruned: single weights; `"n:m"`, such as
             `"2:4"`: n of any m consecutive weights along the input features remain, which implies the target;

@@ -57,6 +57,8 @@ class ActivationStatistics:
             for param in self._params:
                 # Sums are enough: the processes see equally many tokens, and only ratios count. Not of experts.
                 state = self._optimizer.state[param]
+                if "lp_feature_sq" not in state:  # experts whose tokens are unknown
+                    continue
                 torch.distributed.all_reduce(state["lp_feature_sq"])
                 if torch.is_tensor(state["lp_feature_count"]):
                     torch.distributed.all_reduce(state["lp_feature_count"])

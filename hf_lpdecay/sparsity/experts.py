@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -86,7 +90,12 @@ def hook_expert_inputs(
     handles = []
     for _, module in expert_modules(model):
         weights = {name: param for name, param in _projections(module).items() if id(param) in selected}
-        if weights and is_observable(module):
+        if weights and not is_observable(module):
+            logger.warning_once(
+                f"{type(module).__name__} does not show which tokens an expert gets: {', '.join(weights)} are neither"
+                " compensated nor ranked by activations."
+            )
+        elif weights:
             hook = _hook_of(weights, callback)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     return handles
