@@ -80,11 +80,8 @@ def structured_size(r: Tensor, pattern: str, dim: int = 1) -> Tensor:
     Returns:
         `torch.Tensor`: A new tensor, shaped like `r`.
     """
-    if r.dim() == 3:
-        # Whole rows, and whole tiles of them, belong to one matrix.
-        by_output = (r if dim == 1 else r.transpose(1, 2)).contiguous()
-        size = structured_size(by_output.flatten(0, 1), pattern).view(by_output.shape)
-        return size if dim == 1 else size.transpose(1, 2)
+    if r.dim() == 3:  # one by one, so that a step, which takes them so, rounds alike
+        return torch.stack([structured_size(matrix, pattern, dim) for matrix in r])
     by_output = r if dim == 1 else r.t()
     if pattern.startswith("block:"):
         rows, cols = map(int, pattern.removeprefix("block:").split("x"))
