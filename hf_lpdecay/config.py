@@ -35,9 +35,10 @@ class LpDecayConfig:
         target_sparsity (`float`, *optional*): Fraction of the selected weights that shall be zero, in (0, 1).
         target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): Which modules take part, as PEFT
             spells it: a list of name suffixes, a string that is a regular expression for the whole name, or
-            `"all-linear"`: every linear layer but the output head. Embeddings, norms and biases never take part, except
-            an embedding that is tied to a head which is named: take `importance="activation"` then, since the others
-            take the rows of rare tokens as a whole, from which no gradient recovers.
+            `"all-linear"`: every linear layer, those of experts included, but the output head and routers. Experts'
+            3-D parameters go by their own names, such as `"experts.gate_up_proj"`. Embeddings, norms and biases never
+            take part, except an embedding that is tied to a head which is named: take `importance="activation"` then,
+            since the others take the rows of rare tokens as a whole, from which no gradient recovers.
         exclude_modules (`list[str]` or `str`, *optional*): Which of them do not, spelt alike.
         pattern (`str`, *optional*, defaults to `"unstructured"`): What is pruned: single weights; `"n:m"`, such as
             `"2:4"`: n of any m consecutive weights along the input features remain, which implies the target;
@@ -46,6 +47,8 @@ class LpDecayConfig:
             group and its query heads; `"rank"`: a row of LoRA's A and the column of its B. The target is then the
             fraction of the tiles, of the neurons or heads of each layer, or of the ranks. All but the first need a
             target.
+        require_shrinkable (`bool`, *optional*, defaults to `True`): Refuse `"neurons"` and `"heads"` before the first
+            step where [`shrink`] could not cut them out. `False` trains zeros in this pattern for their own sake.
         scope (`str`, *optional*): `"layer"` makes every tensor equally sparse, `"global"` ranks all weights together.
             Only matters with a target. Defaults to `"global"`, and to `"layer"` with n:m, neurons and heads.
         importance (`str`, *optional*): The score by which weights are pruned. `"magnitude"` is ``|w|``; `"adam"` is
@@ -112,6 +115,9 @@ class LpDecayConfig:
     pattern: str = field(
         default="unstructured",
         metadata={"help": "What is pruned: 'unstructured', 'n:m', 'block:RxC', 'neurons', 'heads' or 'rank'."},
+    )
+    require_shrinkable: bool = field(
+        default=True, metadata={"help": "Refuse neurons and heads that shrink could not cut out."}
     )
     scope: Literal["layer", "global"] | None = field(
         default=None, metadata={"help": "Whether each tensor ('layer') or all together ('global') meet the target."}

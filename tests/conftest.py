@@ -21,6 +21,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -95,6 +97,21 @@ def tiny_t5() -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(
         T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
     )
+
+
+def tiny_mixtral(**overrides) -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    options = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+    }
+    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCAB, **{**options, **overrides}))
 
 
 def token_rows(rows: int = 64, length: int = 16, seed: int = 0) -> list[dict[str, list[int]]]:

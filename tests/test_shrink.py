@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, Trainer
 
 from hf_lpdecay import LpDecayConfig, shrink
-from hf_lpdecay.sparsity import find_units
+from hf_lpdecay.sparsity import find_units, participants
 
 
 def with_dead(model, pattern, per_layer):
@@ -62,9 +62,14 @@ def test_heads_are_cut_out_with_equal_outputs(name, tmp_path):
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "roberta", "t5"])
 def test_heads_that_the_config_cannot_drop_are_left(name, caplog):
     model = with_dead(MODELS[name][0](), "heads", [1] * 6)
-    with pytest.raises(ValueError, match="no zero neurons or heads in every layer"):
+    with pytest.raises(
+        ValueError, match=f"{type(model).__name__} can be cut out. The zero heads stay: .*fewer heads are"
+    ):
         shrink(model)
-    assert f"The zero heads stay: {type(model).__name__}" in caplog.text
+    assert "The zero heads stay" in caplog.text
+    config = LpDecayConfig(pattern="heads", target_sparsity=0.5)
+    with pytest.raises(ValueError, match=r"how wide fewer heads are. .* set require_shrinkable=False"):
+        participants(MODELS[name][0](), config)
 
 
 def test_a_number_of_heads_that_the_config_refuses_is_rounded_up():
@@ -73,7 +78,7 @@ def test_a_number_of_heads_that_the_config_refuses_is_rounded_up():
     smaller = shrink(model)  # 3 heads do not divide a hidden size of 32
     assert smaller.config.num_attention_heads == 4
     torch.testing.assert_close(outputs(smaller), before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
-    with pytest.raises(ValueError, match="no zero neurons or heads in every layer"):
+    with pytest.raises(ValueError, match="no smaller number of heads is a valid LlamaConfig"):
         shrink(with_dead(tiny_llama(num_key_value_heads=4), "heads", [1, 1]))
 
 

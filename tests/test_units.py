@@ -93,7 +93,13 @@ def test_rows_and_columns_of_a_unit_belong_together(name, pattern):
 def test_units_die_as_one_and_equally_many_per_layer(make, pattern, target, importance):
     model = make()
     params, optimizer, controller = controlled(
-        target, pattern=pattern, importance=importance, model=model, ramp_end=0.7, num_plans=20
+        target,
+        pattern=pattern,
+        importance=importance,
+        model=model,
+        ramp_end=0.7,
+        num_plans=20,
+        require_shrinkable=False,
     )
     found = find_units(model, pattern)
     assert {id(param) for param in params.values()} == {id(part.param) for units in found for part in units.slices}
@@ -144,6 +150,8 @@ def test_units_that_cannot_be_had_are_refused(options, message):
 
 def test_an_unknown_order_of_queries_keys_and_values_is_refused_with_what_was_seen():
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, intermediate_size=48))
+    assert len(find_units(model, "heads")) == 2
+    model.config.model_type = "of_unknown_order"
     with pytest.raises(ValueError, match=r"in gpt_neox.layers.0 .*attention.query_key_value \(32 -> 96\)"):
         find_units(model, "heads")
     with pytest.raises(ValueError, match="Sequential has no list of blocks"):
@@ -151,5 +159,10 @@ def test_an_unknown_order_of_queries_keys_and_values_is_refused_with_what_was_se
 
 
 def test_a_layer_can_be_left_out_as_a_whole():
-    config = LpDecayConfig(pattern="neurons", target_sparsity=0.5, exclude_modules=r".*layers\.0\..*")
+    options = {"pattern": "neurons", "target_sparsity": 0.5, "exclude_modules": r".*layers\.0\..*"}
+    with pytest.raises(
+        ValueError, match=r"shrink could not cut the zero neurons out of LlamaForCausalLM: model\.layers\.0"
+    ):
+        participants(tiny_llama(), LpDecayConfig(**options))
+    config = LpDecayConfig(**options, require_shrinkable=False)
     assert all("layers.1.mlp" in name for name in participants(tiny_llama(), config))

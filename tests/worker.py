@@ -11,7 +11,7 @@ import sys
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from conftest import tiny_llama, trainer_for
+from conftest import tiny_llama, tiny_mixtral, trainer_for
 from transformers import TrainerCallback
 
 from hf_lpdecay import LpDecayConfig, LpDecayTrainer
@@ -21,13 +21,14 @@ class CpuFsdp2Trainer(LpDecayTrainer):
     """Accelerate makes DDP of FSDP on a CPU, without a word; this insists."""
 
     state_dict_type: str | None = None
+    block: str = "LlamaDecoderLayer"
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            transformer_cls_names_to_wrap=[self.block],
             state_dict_type=self.state_dict_type,
         )
         if self.args.bf16:  # as accelerate does it: a MixedPrecisionPolicy with param_dtype=bfloat16
@@ -48,8 +49,26 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def train_experts(folder: str, configs: dict[str, dict], state_dict_type: str | None) -> None:
+    """Train a tiny Mixtral with each config, and save it."""
+    CpuFsdp2Trainer.state_dict_type, CpuFsdp2Trainer.block = state_dict_type, "MixtralDecoderLayer"
+    for name, config in configs.items():
+        trainer = trainer_for(
+            os.path.join(folder, name),
+            LpDecayConfig(**config),
+            trainer_cls=CpuFsdp2Trainer if state_dict_type else LpDecayTrainer,
+            model=tiny_mixtral(),
+            per_device_train_batch_size=2,
+        )
+        trainer.train()
+        trainer.save_model()
+
+
 def main(options: dict) -> None:
     torch.set_num_threads(1)
+    if "experts" in options:
+        train_experts(options["output_dir"], options["experts"], options.get("state_dict_type"))
+        finish()
     if "deepspeed" in options:
         import deepspeed
 
@@ -72,6 +91,11 @@ def main(options: dict) -> None:
         logs = [log for log in trainer.state.log_history if "loss" in log]
         with open(os.path.join(folder, "result.json"), "w") as file:
             json.dump({"parameters": sharded, "computed_in": sorted(computed_in), "logs": logs}, file)
+    finish()
+
+
+def finish() -> None:
+    """End all processes at once."""
     torch.distributed.barrier()
     # On a busy machine gloo's threads now and then outlive what they belong to, and abort a process that is done.
     sys.stderr.flush()

@@ -3,18 +3,16 @@
 import copy
 
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..sparsity import Units, find_units
+from ..sparsity.shrinkable import check_norms, check_shapes, equally_wide, keep, smallest_valid
 
 
 logger = logging.get_logger(__name__)
 
-# What a config.json calls the width of the feed-forward.
-_WIDTH_NAMES = ("intermediate_size", "ffn_dim", "d_ff", "n_inner")
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}
 _LOW_PRECISION_TOLERANCE = 2e-2
 
@@ -27,9 +25,9 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
     standard model has equally many, so layers with fewer left keep zero ones to match the fullest. The result is an
     ordinary model: `save_pretrained` writes a plain config.json, which needs no code of ours.
 
-    Heads can be cut where the config holds the heads' width by itself (Llama, Qwen, Mistral and their like). GPT-2,
-    OPT, BERT and RoBERTa derive it from the number of heads, and in T5 all layers share one position bias per head:
-    there only neurons are cut.
+    Heads can be cut where the config holds the heads' width by itself (Llama, Qwen, Mistral, Phi-3 and their like).
+    GPT-2, OPT, BERT, GPT-NeoX and others derive it from the number of heads, OLMo-2 normalizes over all heads, and in
+    T5 all layers share one position bias per head: there only neurons are cut.
 
     Args:
         model (`PreTrainedModel`): Llama, Qwen, Mistral, GPT-2, OPT, BERT, RoBERTa, T5 or what is built like them, as
@@ -51,36 +49,41 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
     """
     config = model.config
     kept: dict[str, dict[int, Tensor]] = {}
+    stay = []  # why zero units stay
     for pattern in ("neurons", "heads"):
         try:
             found = find_units(model, pattern)
         except ValueError as error:
             logger.info(str(error))
             continue
-        live = [_live(units) for units in found]
-        count, size = found[0].count, max(len(indices) for indices in live)
-        if size == count:
-            continue
-        if pattern == "heads" and not _heads_are_free(model):
-            logger.warning_once(f"The zero heads stay: {type(model).__name__}'s config cannot say how wide fewer are.")
-            continue
-        while not _valid(_resized(config, pattern, count, size)):
-            size += 1  # some configs want the hidden size to be a multiple of the heads; the present one is valid
-        if size == count:
-            logger.warning_once(f"The zero {pattern} stay: no smaller number is a valid {type(config).__name__}.")
-            continue
-        config = _resized(config, pattern, count, size)
-        padded = [units.name for units, indices in zip(found, live) if len(indices) < size]
-        if padded:
-            logger.warning_once(
-                f"{type(model).__name__}: {size} of {count} {pattern} stay in each layer, more than"
-                f" {', '.join(padded)} would need: a model's layers are equally wide."
-            )
-        for units, indices in zip(found, live):
-            _keep(units, _padded(indices, count, size), kept)
+        for side, group in equally_wide(model, pattern, found).items():
+            live = [_live(units) for units in group]
+            count, size = group[0].count, max(len(indices) for indices in live)
+            if size == count or any(units.count != count for units in group):
+                continue
+            cut: dict[str, dict[int, Tensor]] = {}
+            try:
+                check_norms(model, pattern, found)
+                smaller_config, size = smallest_valid(config, pattern, side, count, size)
+                for units, indices in zip(group, live):
+                    keep(units, _padded(indices, count, size), cut)
+                check_shapes(model, smaller_config, {**kept, **cut})
+            except ValueError as error:
+                stay.append(f"The zero {pattern} stay: {error}.")
+                logger.warning_once(f"{type(model).__name__}: {stay[-1]}")
+                continue
+            config, kept = smaller_config, {**kept, **cut}
+            padded = [units.name for units, indices in zip(group, live) if len(indices) < size]
+            if padded:
+                logger.warning_once(
+                    f"{type(model).__name__}: {size} of {count} {pattern} stay in each layer, more than"
+                    f" {', '.join(padded)} would need: a model's layers are equally wide."
+                )
     if not kept:
         raise ValueError(
-            f"{type(model).__name__} has no zero neurons or heads in every layer to cut out. Train it with"
+            f"Nothing of {type(model).__name__} can be cut out. {' '.join(stay)}"
+            if stay
+            else f"{type(model).__name__} has no zero neurons or heads in every layer to cut out. Train it with"
             " pattern='neurons' or 'heads'."
         )
     smaller = _build(model, config, kept)
@@ -102,44 +105,6 @@ def _padded(indices: Tensor, count: int, size: int) -> Tensor:
     return taken.nonzero().view(-1)
 
 
-def _heads_are_free(model: PreTrainedModel) -> bool:
-    """Whether the width of a head is a number of its own, so that there can be fewer of them."""
-    return hasattr(model.config, "num_key_value_heads") and not model.config.is_encoder_decoder
-
-
-def _resized(config: PreTrainedConfig, pattern: str, count: int, size: int) -> PreTrainedConfig:
-    """A config with `size` of `count` neurons, or heads (key/value groups)."""
-    config = copy.deepcopy(config)
-    if pattern == "neurons":
-        (name,) = (name for name in _WIDTH_NAMES if hasattr(config, name))
-        setattr(config, name, size)
-    else:
-        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        config.num_attention_heads = config.num_attention_heads // count * size
-        config.num_key_value_heads = size
-    return config
-
-
-def _valid(config: PreTrainedConfig) -> bool:
-    try:
-        config.validate()
-    except StrictDataclassClassValidationError:
-        return False
-    return True
-
-
-def _keep(units: Units, indices: Tensor, kept: dict[str, dict[int, Tensor]]) -> None:
-    """Note which indices of which dimension stay, for each weight and for the biases of those that read."""
-    for part in units.slices:
-        own = (part.start + indices[:, None] * part.width + torch.arange(part.width, device=indices.device)).view(-1)
-        names = [(part.name, part.dim)]
-        if part is not units.slices[-1]:
-            names.append((part.name.removesuffix("weight") + "bias", 0))
-        for name, dim in names:
-            before = kept.setdefault(name, {}).get(dim)
-            kept[name][dim] = own if before is None else torch.cat([before, own])
-
-
 def _build(model: PreTrainedModel, config, kept: dict[str, dict[int, Tensor]]) -> PreTrainedModel:
     state = {}
     for name, tensor in model.state_dict().items():
@@ -154,12 +119,36 @@ def _build(model: PreTrainedModel, config, kept: dict[str, dict[int, Tensor]]) -
     return smaller.train(model.training)
 
 
-def _check_equal(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
+def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Random inputs of a text, vision or audio model."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (2, 16), generator=generator).to(model.device)
-    inputs = {"input_ids": tokens}
-    if model.config.is_encoder_decoder:
+    config, name = model.config, model.main_input_name
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(model.device, model.dtype)
+
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    tokens = None
+    if getattr(text, "vocab_size", None):
+        tokens = torch.randint(text.vocab_size, (2, 16), generator=generator).to(model.device)
+    if name == "input_ids":
+        inputs = {name: tokens}
+    elif name == "pixel_values":
+        sizes = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+        inputs = {name: numbers(2, config.num_channels, *sizes)}
+    elif name == "input_features" and hasattr(config, "max_source_positions"):
+        inputs = {name: numbers(2, config.num_mel_bins, 2 * config.max_source_positions)}
+    elif name == "input_values":
+        inputs = {name: numbers(2, 4000)}
+    else:
+        inputs = {key: value.to(model.device) for key, value in model.dummy_inputs.items()}
+    if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
+    return inputs
+
+
+def _check_equal(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
+    inputs = example_inputs(model)
     outputs = []
     for each in (model, smaller):
         training = each.training

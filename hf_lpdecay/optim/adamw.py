@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import kernels, triton_kernel
 from .functional import acts, adamw_, low_precision_lp_adamw_, lp_adamw_, random_bits
-from .pieces import factors_of, local, pieces_of
+from .pieces import factors_of, local, matrices_of, pieces_of
 
 
 # The one-pass kernels, and with them the devices that torch has a fused AdamW for.
@@ -201,10 +201,14 @@ class LpAdamW(torch.optim.Optimizer):
         seed = int(torch.randint(1 << 32, (), device="cpu")) if stochastic else None
         eager_only = decays and (group["s_rate"] < 1 or "pattern" in group or by_unit)
         kernel = KERNELS[param.device.type] if fused and not eager_only else None
-        if kernel is not None and kernel.covers(tensors, factors, group["p"]):
-            case = kernel.case_for(tensors, factors, options)
+        parts = [] if kernel is None else matrices_of(tensors, factors)
+        if parts and all(kernel.covers(part, its_factors, group["p"]) for part, its_factors, _ in parts):
+            case = kernel.case_for(*parts[0][:2], options)
             if kernel.available(case):
-                batches[param.device.type].add(case, tensors, step, options, seed, factors)
+                steps = [*(step.clone() for _ in parts[1:]), step]  # each counts its own
+                for (part, its_factors, offset), its_step in zip(parts, steps):
+                    its_seed = None if seed is None else (seed + offset) % (1 << 32)
+                    batches[param.device.type].add(case, part, its_step, options, its_seed, its_factors)
                 return
         if decays and group["s_rate"] < 1:
             if "lp_s" not in state:  # below zero: not set yet

@@ -69,7 +69,8 @@ def structured_size(r: Tensor, pattern: str, dim: int = 1) -> Tensor:
     """What "small" means for weights that become zero in a pattern.
 
     Args:
-        r (`torch.Tensor`): Size of each weight, ``>= 0``, shape (out, in), or (in, out) with `dim=0`.
+        r (`torch.Tensor`): Size of each weight, ``>= 0``, shape (out, in), or (in, out) with `dim=0`; with the
+            experts in front, each matrix is for itself.
         pattern (`str`): `"n:m"` keeps at least n of any m consecutive weights along the input features: the n largest
             of each group of m are out of reach, their size is infinite. Among equals the first are the smaller ones.
             `"block:RxC"` makes tiles of R output and C input features zero as one: each weight's size is the root
@@ -79,6 +80,8 @@ def structured_size(r: Tensor, pattern: str, dim: int = 1) -> Tensor:
     Returns:
         `torch.Tensor`: A new tensor, shaped like `r`.
     """
+    if r.dim() == 3:  # one by one, so that a step, which takes them so, rounds alike
+        return torch.stack([structured_size(matrix, pattern, dim) for matrix in r])
     by_output = r if dim == 1 else r.t()
     if pattern.startswith("block:"):
         rows, cols = map(int, pattern.removeprefix("block:").split("x"))

@@ -31,13 +31,36 @@ def factors_of(plan: dict[str, Any], weight: Tensor) -> tuple[tuple[Tensor, Tens
         weight (`torch.Tensor`): The part of the parameter that is here.
 
     Returns:
-        `tuple`: Factors of the rows, shape (rows, 1), and of the columns, or `None`; whether they are the sizes.
+        `tuple`: Factors of the rows, shape (rows, 1), and of the columns, or `None`; whether they are the sizes. Those
+        of a 3-D weight have its first dimension in front.
     """
     if "lp_size" in plan:
         size = local(plan["lp_size"])
-        ones = size.new_ones(weight.shape[0], 1)
-        return ((size, ones[:1]) if size.shape[0] == weight.shape[0] else (ones, size)), True
+        ones = size.new_ones(*weight.shape[:-1], 1)
+        return ((size, ones[..., :1, :]) if size.shape[-2] == weight.shape[-2] else (ones, size)), True
     return ((local(plan["lp_row"]), local(plan["lp_col"])) if "lp_row" in plan else None), False
+
+
+def matrices_of(
+    tensors: tuple[Tensor, ...], factors: tuple[Tensor, Tensor] | None
+) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, Tensor] | None, int]]:
+    """Split 3-D weights that have factors, those of experts, into their matrices.
+
+    Args:
+        tensors (`tuple[torch.Tensor, ...]`): What is split, all of one shape.
+        factors (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Importance of rows and columns.
+
+    Returns:
+        `list[tuple]`: The matrices, views of the tensors, their factors, and the position of their first element; one
+        entry with everything if there is nothing to split.
+    """
+    if factors is None or tensors[0].dim() != 3:
+        return [(tensors, factors, 0)]
+    size = tensors[0].shape[1] * tensors[0].shape[2]
+    return [
+        (tuple(tensor[i] for tensor in tensors), (factors[0][i], factors[1][i]), i * size)
+        for i in range(len(tensors[0]))
+    ]
 
 
 def pieces_of(
@@ -63,6 +86,12 @@ def pieces_of(
     if factors is None and pattern is None and all(tensor.is_contiguous() for tensor in tensors):
         for offset, pieces in enumerate(zip(*(tensor.view(-1).split(piece) for tensor in tensors))):
             yield pieces, (None, None), offset * piece
+    elif len(shape) == 3:
+        size = shape[1] * shape[2]
+        for i in range(shape[0]):
+            own = None if factors is None else (factors[0][i], factors[1][i])
+            for pieces, split, offset in pieces_of(tuple(tensor[i] for tensor in tensors), own, unit, pattern):
+                yield pieces, split, i * size + offset
     elif len(shape) < 2 and factors is None:
         yield tensors, (None, None), 0
     else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adamw import KERNELS, check_number, check_p
 from .functional import acts, lp_decay_, random_bits, stochastic_round
-from .pieces import factors_of, local, pieces_of
+from .pieces import factors_of, local, matrices_of, pieces_of
 
 
 # Weights that are kept at a time, 16 MB in float32. (More would come fresh from the operating system in each step.)
@@ -246,10 +246,13 @@ class LpDecay(torch.optim.Optimizer):
         tensors = (weight, before, weight, weight)
         contiguous = weight.is_contiguous() and before.is_contiguous()
         kernel = KERNELS.get(weight.device.type) if contiguous and pattern is None and not by_unit else None
-        if kernel is not None and before.dtype == weight.dtype and kernel.covers(tensors, factors, group["p"]):
-            case = kernel.case_for(tensors, factors, options, alone=True)
+        parts = [] if kernel is None or before.dtype != weight.dtype else matrices_of(tensors, factors)
+        if parts and all(kernel.covers(part, its_factors, group["p"]) for part, its_factors, _ in parts):
+            case = kernel.case_for(*parts[0][:2], options, alone=True)
             if kernel.available(case):
-                batches[weight.device.type].add(case, tensors, None, options, seed, factors)
+                for part, its_factors, offset in parts:
+                    its_seed = None if seed is None else (seed + offset) % (1 << 32)
+                    batches[weight.device.type].add(case, part, None, options, its_seed, its_factors)
                 return
         for pieces, (row, col), offset in pieces_of((weight, before), factors, plan.get("lp_rows", 1), pattern):
             piece = pieces[0].float() if low_precision else pieces[0]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .experts import hook_expert_inputs
 from .sharding import several_processes
 
 
@@ -24,6 +25,7 @@ class ActivationStatistics:
         self._optimizer = optimizer
         self._params = params
         self._handles = hook_inputs(model, params, self._collect)
+        self._handles += hook_expert_inputs(model, params, self._collect_expert)
 
     @torch.no_grad()
     def _collect(self, weight: Tensor, features: Tensor) -> None:
@@ -32,6 +34,15 @@ class ActivationStatistics:
         total = features.square().sum(0)
         state["lp_feature_sq"] = total + state["lp_feature_sq"] if "lp_feature_sq" in state else total
         state["lp_feature_count"] = len(features) + state.get("lp_feature_count", 0)
+
+    @torch.no_grad()
+    def _collect_expert(self, weight: Tensor, expert: int, features: Tensor) -> None:
+        state = self._optimizer.state[weight]
+        if "lp_feature_sq" not in state:
+            state["lp_feature_sq"] = features.new_zeros(weight.shape[0], features.shape[-1], dtype=torch.float32)
+            state["lp_feature_count"] = features.new_zeros(weight.shape[0], dtype=torch.float32)
+        state["lp_feature_sq"][expert] += features.float().square().sum(0)
+        state["lp_feature_count"][expert] += len(features)
 
     def remove_hooks(self) -> None:
         """Remove the hooks."""
@@ -44,8 +55,13 @@ class ActivationStatistics:
         self.remove_hooks()
         if several_processes():
             for param in self._params:
-                # Averaging is enough: the processes see equally many tokens, and only ratios count.
-                torch.distributed.all_reduce(self._optimizer.state[param]["lp_feature_sq"])
+                # Sums are enough: the processes see equally many tokens, and only ratios count. Not of experts.
+                state = self._optimizer.state[param]
+                if "lp_feature_sq" not in state:  # experts whose tokens are unknown
+                    continue
+                torch.distributed.all_reduce(state["lp_feature_sq"])
+                if torch.is_tensor(state["lp_feature_count"]):
+                    torch.distributed.all_reduce(state["lp_feature_count"])
 
 
 def hook_inputs(

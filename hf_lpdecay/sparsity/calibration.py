@@ -54,7 +54,7 @@ def calibrate(
             loss.backward()
             for param in params:
                 square = param.grad.detach().float().square()
-                for name, dim in (("lp_row_sq", 1), ("lp_col_sq", 0)):
+                for name, dim in (("lp_row_sq", -1), ("lp_col_sq", -2)):
                     mean = whole(square.mean(dim, keepdim=True))
                     state = optimizer.state[param]
                     state[name] = mean + state[name] if name in state else mean

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..optim.pieces import local
 from .activations import hook_inputs
+from .experts import first_expert, hook_expert_inputs
 from .reconstruction import reconstruct
 from .sharding import has_whole_rows, several_processes
 
@@ -41,6 +42,7 @@ class Compensation:
         self._optimizer = optimizer
         self._last: tuple[weakref.ref | None, Tensor | None] = (None, None)
         self._handles = hook_inputs(model, list(self._dims), self._collect)
+        self._handles += hook_expert_inputs(model, list(self._dims), self._collect_expert)
 
     @torch.no_grad()
     def _collect(self, weight: Tensor, features: Tensor) -> None:
@@ -52,14 +54,20 @@ class Compensation:
         # The same features were added for the last layer, unless this one has a Hessian of its own from a checkpoint.
         if not shared or state.get("lp_gram", gram) is not gram:
             size, tokens = block_size(features.shape[-1]), features.detach().flatten(0, -2)
-            samples = sample_tokens(tokens)
-            with torch.autocast(features.device.type, enabled=False):
-                blocks = samples.float().unflatten(1, (-1, size)).transpose(0, 1)
-                product = (blocks.transpose(1, 2) @ blocks).mul_(len(tokens) / max(1, len(samples)))
-            product.masked_fill_(~product.isfinite().all(), 0.0)  # an overflow: that step is skipped
+            product = _hessian(tokens, size)
             gram = state["lp_gram"].add_(product) if "lp_gram" in state else product
             self._last = weakref.ref(features), gram
         state["lp_gram"] = gram
+
+    @torch.no_grad()
+    def _collect_expert(self, weight: Tensor, expert: int, features: Tensor) -> None:
+        if not self.collecting:
+            return
+        state, size = self._optimizer.state[weight], block_size(features.shape[-1])
+        if "lp_gram" not in state:
+            shape = (weight.shape[0], features.shape[-1] // size, size, size)
+            state["lp_gram"] = features.new_zeros(shape, dtype=torch.float32)
+        state["lp_gram"][expert] += _hessian(features, size)
 
     def finish(self) -> None:
         """Remove the hooks and free the Hessians."""
@@ -126,11 +134,32 @@ class Compensation:
             move = local(state["lp_move"])
         pruned = pruned.expand(weight.shape) | (weight == 0)
         already_pruned = already_pruned.expand(weight.shape)
+        tensors, gram = (weight, move, pruned, already_pruned), state["lp_gram"]
         if self._dims[param] == 0:
-            weight, move, pruned, already_pruned = weight.t(), move.t(), pruned.t(), already_pruned.t()
-        reference = weight.masked_fill(already_pruned & pruned, 0.0)
-        change = reconstruct(reference, pruned, state["lp_gram"]).sub_(reference)
-        move.add_(change.masked_fill_(pruned, 0.0))
+            tensors = tuple(tensor.transpose(-1, -2) for tensor in tensors)
+        if param.dim() == 2:
+            _update(*tensors, gram)
+            return
+        first = first_expert(param)
+        for expert in range(len(weight)):
+            if gram[first + expert].any():  # an expert that got no token has no Hessian
+                _update(*(tensor[expert] for tensor in tensors), gram[first + expert])
+
+
+def _update(weight: Tensor, move: Tensor, pruned: Tensor, already_pruned: Tensor, gram: Tensor) -> None:
+    """Add the update of a matrix, shape (out, in), to `move`."""
+    reference = weight.masked_fill(already_pruned & pruned, 0.0)
+    change = reconstruct(reference, pruned, gram).sub_(reference)
+    move.add_(change.masked_fill_(pruned, 0.0))
+
+
+def _hessian(tokens: Tensor, size: int) -> Tensor:
+    """The diagonal blocks of ``X^T X``, shape (blocks, size, size), of the features X, shape (tokens, features)."""
+    samples = sample_tokens(tokens)
+    with torch.autocast(tokens.device.type, enabled=False):
+        blocks = samples.float().unflatten(1, (-1, size)).transpose(0, 1)
+        product = (blocks.transpose(1, 2) @ blocks).mul_(len(tokens) / max(1, len(samples)))
+    return product.masked_fill_(~product.isfinite().all(), 0.0)  # an overflow: that step is skipped
 
 
 def sample_tokens(tokens: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class SparsityController:
         self._dims = {param: (input_dims or {}).get(name, 1) for name, param in params.items()}
         self._ids = {id(param) for param in params.values()}
         for name, param in params.items():
-            if is_sharded(param) and self.pattern.rows(self._dims[param]) > 1:
+            if is_sharded(param) and param.dim() == 2 and self.pattern.rows(self._dims[param]) > 1:
                 raise ValueError(
                     f"pattern={config.pattern!r} needs {self.pattern.rows(self._dims[param])} rows of {name} in one"
                     " process, but its rows are spread over several: train with DDP, or take another pattern."
@@ -177,7 +177,7 @@ class SparsityController:
         counts = summed_rows(counts, [self._process_groups(pool) for pool in self._pools])
         edges = lower_edges(counts, [max(1, self._count(pool, sparsity)) for pool in self._pools])
         thresholds = {param: edge for pool, edge in zip(self._pools, edges) for param in self._params_of(pool)}
-        self._freeze_zeros()
+        self.freeze_zeros()
         if self._compensation is not None:
             for pool, edge in zip(self._pools, edges):
                 masks = (score < edge for score in self._scores(pool))
@@ -232,9 +232,10 @@ class SparsityController:
                 if self._compensation is not None:
                     self._compensation.apply(param, pruned, already_pruned)
                 local(param).masked_fill_(pruned, 0.0)
-        self._freeze_zeros()
+        self.freeze_zeros()
 
-    def _freeze_zeros(self) -> None:
+    def freeze_zeros(self) -> None:
+        """Keep all zeros of the selected weights at zero from now on."""
         for group in self.optimizer.param_groups:
             selected = self._selected(group)
             if len(selected) == len(group["params"]):

@@ -12,7 +12,7 @@ from .compensation import Compensation
 from .controller import SparsityController
 from .report import count_nonzero
 from .schedule import DECAY, DENSE, SETTLE, PlainSchedule, Ramp
-from .selection import input_dims, selected_units
+from .selection import block_weights_left_out, input_dims, selected_units
 from .sharding import whole
 
 
@@ -109,6 +109,8 @@ class SparsityDriver:
                 self._controller.resume(self._step, learning_rates)
             return
         self._mark()
+        if self._controller is not None:
+            self._keep_zeros()
         config = self.config
         if config.calibration_batches:
             params, gradients = list(self.params.values()), config.importance == "adam"
@@ -196,12 +198,41 @@ class SparsityDriver:
             f"{what} on {len(self.params)} of {len(trained)} trained tensors, {numel:,} of"
             f" {total:,} weights ({numel / total:.1%}), {plan}; not on {len(others)} others"
             + (f" ({examples})." if others else ".")
+            + self._describe_left_out()
         )
+
+    def _describe_left_out(self) -> str:
+        """Which matrices of the blocks take no part, with their share."""
+        left_out = block_weights_left_out(self._model, self.params)
+        if not left_out:
+            return ""
+        size = sum(left_out.values())
+        share = size / (size + sum(param.numel() for param in self.params.values()))
+        few = ", ".join(list(left_out)[:3]) + (", ..." if len(left_out) > 3 else "")
+        return f" {share:.1%} of the weights in the blocks take no part: {few}."
 
     def _finish_activations(self) -> None:
         if self._activations is not None:
             self._activations.finish()
             self._activations = None
+
+    @torch.no_grad()
+    def _keep_zeros(self) -> None:
+        """Keep the zeros of a model that is sparse already; a target below what it has is refused."""
+        config = self.config
+        zeros = {name: param.numel() - int(whole(count_nonzero(param))) for name, param in self.params.items()}
+        if config.pattern == "unstructured" and not config.freeze_zeros:
+            together = {"the selected weights": list(self.params)}
+            pools = together if config.scope == "global" else {name: [name] for name in self.params}
+            for what, names in pools.items():
+                numel, has = sum(self.params[name].numel() for name in names), sum(zeros[name] for name in names)
+                if has > round(config.target_sparsity * numel):
+                    raise ValueError(
+                        f"target_sparsity={config.target_sparsity} is below the {has / numel:.2%} zeros that {what}"
+                        " already have: choose a higher target, or keep them with freeze_zeros=True."
+                    )
+        if any(zeros.values()):
+            self._controller.freeze_zeros()
 
     def _mark(self) -> None:
         """Mark the selected parameters in groups that hold others too, such as those that a plain `Trainer` makes.

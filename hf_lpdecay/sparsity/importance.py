@@ -3,10 +3,14 @@
 Kept as `lp_row` and `lp_col` in the optimizer's state, where plan and step read them.
 """
 
+import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .sharding import placed_like, whole
 
+
+logger = logging.get_logger(__name__)
 
 # The second moment of Adam, RMSprop and Adagrad in the optimizer's state.
 _SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
@@ -28,10 +32,10 @@ def importance_from_adam(params: list[Tensor], state: dict, together: bool) -> N
     for param in params:
         of_param = state[param]
         if "exp_avg_sq_row" in of_param:  # Adafactor's is factored already
-            means[param] = of_param["exp_avg_sq_row"][:, None], of_param["exp_avg_sq_col"][None]
+            means[param] = of_param["exp_avg_sq_row"].unsqueeze(-1), of_param["exp_avg_sq_col"].unsqueeze(-2)
         elif (name := next(filter(of_param.__contains__, _SECOND_MOMENTS), None)) is not None:
             moment = of_param[name]
-            means[param] = whole(moment.mean(1, keepdim=True)), whole(moment.mean(0, keepdim=True))
+            means[param] = whole(moment.mean(-1, keepdim=True)), whole(moment.mean(-2, keepdim=True))
     write_factors(means, state, together)
 
 
@@ -52,11 +56,14 @@ def importance_from_activations(dims: dict[Tensor, int], state: dict, together: 
     means = {}
     for param in dims:
         if "lp_feature_sq" in state[param]:
-            square = state[param].pop("lp_feature_sq") / state[param].pop("lp_feature_count")
+            count = state[param].pop("lp_feature_count")
+            if torch.is_tensor(count):  # one for each expert
+                count = count.clamp_min(1)[:, None]
+            square = state[param].pop("lp_feature_sq") / count
             # Every output feature has the same share.
-            outputs, inputs = square.mean().expand(param.shape[1 - dims[param]]), square
-            rows, columns = (outputs, inputs) if dims[param] == 1 else (inputs, outputs)
-            means[param] = rows[:, None].to(param.dtype), columns[None].to(param.dtype)
+            outputs = square.mean(-1, keepdim=True).expand(*square.shape[:-1], param.shape[-2:][1 - dims[param]])
+            rows, columns = (outputs, square) if dims[param] == 1 else (square, outputs)
+            means[param] = rows.unsqueeze(-1).to(param.dtype), columns.unsqueeze(-2).to(param.dtype)
     write_factors(means, state, together)
 
 
@@ -67,7 +74,7 @@ def write_factors(means: dict[Tensor, tuple[Tensor, Tensor]], state: dict, toget
     without statistics are ranked by magnitude.
 
     Args:
-        means (`dict[torch.Tensor, tuple]`): Mean squares by weight.
+        means (`dict[torch.Tensor, tuple]`): Mean squares by weight; of experts (e, n, 1) and (e, 1, m).
         state (`dict`): Where the factors go, by weight.
         together (`bool`): Whether the weights of different tensors are compared.
     """
@@ -79,5 +86,16 @@ def write_factors(means: dict[Tensor, tuple[Tensor, Tensor]], state: dict, toget
         units = seen
     for param, unit in units.items():
         rows, columns = means[param]
+        own = seen[param]
+        if param.dim() == 3:  # an expert without a token is ranked by magnitude
+            own = rows.mean(-2, keepdim=True)
+            unused = own == 0
+            rows, columns = rows.masked_fill(unused, 1.0), columns.masked_fill(unused, 1.0)
+            rows, own = torch.where(unused, unit, rows), own.masked_fill(unused, 1.0)
+            if unused.any():
+                logger.warning_once(
+                    f"{int(unused.sum())} of {len(unused)} experts got no token before a plan was made; their weights"
+                    " are ranked by magnitude."
+                )
         state[param]["lp_row"] = placed_like((rows / unit).sqrt(), param)
-        state[param]["lp_col"] = placed_like((columns / seen[param]).sqrt(), param)
+        state[param]["lp_col"] = placed_like((columns / own).sqrt(), param)

@@ -26,7 +26,8 @@ class Unstructured:
 
         Args:
             params (`dict[str, torch.Tensor]`): The weights by name.
-            dims (`dict[str, int]`): For each weight the dimension of its input features, 1 if it is left out.
+            dims (`dict[str, int]`): For each weight the dimension of its input features, 1 if it is left out; of
+                experts, that in each one's matrix.
         """
         for name, param in params.items():
             self.check(name, param, dims.get(name, 1))
@@ -36,7 +37,7 @@ class Unstructured:
 
         Args:
             name (`str`): The weight's name, for the message.
-            param (`torch.Tensor`): The weight, two-dimensional.
+            param (`torch.Tensor`): The weight, a matrix or one for each expert.
             dim (`int`): Its dimension of the input features.
         """
 
@@ -57,10 +58,10 @@ class SemiStructured(Unstructured):
         return self.group if dim == 0 else 1
 
     def check(self, name: str, param: Tensor, dim: int) -> None:
-        if param.shape[dim] % self.group:
+        if param.shape[-2:][dim] % self.group:
             raise ValueError(
-                f"pattern={self.spec!r}: {name} has {param.shape[dim]} input features, not a multiple of {self.group}."
-                " Leave it out with exclude_modules, or take another pattern."
+                f"pattern={self.spec!r}: {name} has {param.shape[-2:][dim]} input features, not a multiple of"
+                f" {self.group}. Leave it out with exclude_modules, or take another pattern."
             )
 
 
@@ -79,7 +80,7 @@ class Block(Unstructured):
         return self.height if dim == 1 else self.width
 
     def check(self, name: str, param: Tensor, dim: int) -> None:
-        outputs, inputs = param.shape[1 - dim], param.shape[dim]
+        outputs, inputs = param.shape[-2:][1 - dim], param.shape[-2:][dim]
         if outputs % self.height or inputs % self.width:
             raise ValueError(
                 f"pattern={self.spec!r}: {name} has {outputs} output and {inputs} input features, which such tiles do"

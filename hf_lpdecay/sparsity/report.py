@@ -80,6 +80,20 @@ class SparsityReport:
         """Zeros in all parameters, as a fraction of all parameters."""
         return _fraction(self.tensors)
 
+    @property
+    def left_out(self) -> list[TensorSparsity]:
+        """The matrices in the model's blocks that are not selected, without routers, embeddings and adapters."""
+        apart = re.compile(r"embed|bias|router|lora_|gate\.weight|shared_expert_gate", re.IGNORECASE)
+        return [
+            tensor
+            for tensor in self.tensors
+            if not tensor.selected
+            and tensor.layer is not None
+            and len(tensor.shape) > 1
+            and min(tensor.shape[-2:]) > 1
+            and not apart.search(tensor.name)
+        ]
+
     def table(self, by: str = "tensor") -> str:
         """Format the selected tensors and the totals as a table.
 
@@ -93,6 +107,10 @@ class SparsityReport:
                 rows.setdefault(tensor.name if by == "tensor" else tensor.module, []).append(tensor)
         selected = [tensor for tensor in self.tensors if tensor.selected]
         rows["selected, in total"] = selected
+        if self.left_out:
+            size = sum(tensor.numel for tensor in self.left_out)
+            share = size / (size + sum(tensor.numel for tensor in selected))
+            rows[f"not selected, {share:.1%} of the blocks"] = self.left_out
         rows["whole model"] = self.tensors
         width = max(len(name) for name in rows)
         lines = [f"{'':<{width}}  {'parameters':>13}  {'zeros':>13}  {'sparsity':>8}"]
@@ -112,6 +130,7 @@ class SparsityReport:
             "model_sparsity": self.model_sparsity,
             "selected_numel": sum(t.numel for t in selected),
             "selected_zeros": sum(t.zeros for t in selected),
+            "left_out_numel": sum(t.numel for t in self.left_out),
             "model_numel": sum(t.numel for t in self.tensors),
             "model_zeros": sum(t.zeros for t in self.tensors),
             "tensors": [asdict(tensor) for tensor in self.tensors],

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,7 +11,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .experts import expert_weights
 from .patterns import Structured, parse_pattern
+from .shrinkable import check_shrinkable
 from .units import Units, check_units, find_units
 
 
@@ -26,13 +29,14 @@ Modules = list[str] | str | None
 def match_parameters(
     model: nn.Module, target_modules: Modules = "all-linear", exclude_modules: Modules = None
 ) -> dict[str, nn.Parameter]:
-    """Find the weights of the linear layers (`nn.Linear` and GPT-2's `Conv1D`) whose module names match.
+    """Find the weights of the linear layers whose names match: `nn.Linear`, GPT-2's `Conv1D`, experts' 3-D parameters.
 
     Args:
         model (`nn.Module`): Any model.
         target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): Name suffixes, a regular
-            expression for the whole module name, or `"all-linear"`: every linear layer but the output head (for a
-            classifier: everything behind the base model) and but the inside of PEFT adapters.
+            expression for the whole name, or `"all-linear"`: every linear layer but the output head (for a
+            classifier: everything behind the base model), the routers of a mixture of experts and the inside of PEFT
+            adapters. Experts go by their parameters' names, such as `"experts.gate_up_proj"`, others by their modules'.
         exclude_modules (`list[str]` or `str`, *optional*): Modules to leave out, spelt alike.
 
     Returns:
@@ -43,17 +47,18 @@ def match_parameters(
         ValueError: If nothing matches.
     """
     names = {id(param): name for name, param in model.named_parameters()}
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    linears = {name: m.weight for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    linears |= {name: param for name, (param, _) in expert_weights(model).items()}
 
     def matching(patterns: Modules) -> list[str]:
         # The weight of a tied head goes by the embedding's name.
-        other = {name: names.get(id(module.weight), "").removesuffix(".weight") for name, module in linears.items()}
+        other = {name: names.get(id(weight), "").removesuffix(".weight") for name, weight in linears.items()}
         return [name for name in linears if _matches(patterns, name) or _matches(patterns, other[name])]
 
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        left_out = _head_and_adapter_names(model)
+        left_out = _head_and_adapter_names(model) | router_names(model)
         tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        chosen = [name for name, m in linears.items() if name not in left_out and id(m.weight) not in tied]
+        chosen = [name for name, weight in linears.items() if name not in left_out and id(weight) not in tied]
     else:
         chosen = matching(target_modules)
     if not chosen:
@@ -68,7 +73,7 @@ def match_parameters(
                 f"exclude_modules={exclude_modules!r} leaves nothing of target_modules={target_modules!r}: make one of"
                 " them narrower or wider."
             )
-    matched = {id(linears[name].weight): linears[name].weight for name in chosen}
+    matched = {id(linears[name]): linears[name] for name in chosen}
     return {names[key]: weight for key, weight in matched.items()}
 
 
@@ -138,7 +143,10 @@ def participants(model: nn.Module, config: "LpDecayConfig") -> dict[str, nn.Para
     else:
         selected = select_parameters(model, config.target_modules, config.exclude_modules)
     parse_pattern(config.pattern).check_all(selected, input_dims(model))
-    spanned = {id(param) for units in selected_units(model, config, selected) for param in units.params}
+    found = selected_units(model, config, selected)
+    if config.pattern in ("neurons", "heads") and config.require_shrinkable and isinstance(model, PreTrainedModel):
+        check_shrinkable(model, config.pattern, found, config.target_sparsity)
+    spanned = {id(param) for units in found for param in units.params}
     return {name: param for name, param in selected.items() if id(param) in spanned} if spanned else selected
 
 
@@ -170,7 +178,50 @@ def input_dims(model: nn.Module) -> dict[str, int]:
     """
     names = {id(param): name for name, param in model.named_parameters()}
     linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
-    return {names[id(module.weight)]: 0 if isinstance(module, Conv1D) else 1 for module in linears}
+    dims = {names[id(module.weight)]: 0 if isinstance(module, Conv1D) else 1 for module in linears}
+    return {**dims, **{name: dim for name, (_, dim) in expert_weights(model).items()}}
+
+
+def router_names(model: nn.Module) -> set[str]:
+    """Names of the linear layers that choose or scale experts: those beside the experts, and inside of routers."""
+    found = set()
+    for prefix, module in model.named_modules():
+        children = dict(module.named_children())
+        if type(module).__name__.endswith("Router"):
+            found |= {name for name, m in module.named_modules(prefix=prefix) if isinstance(m, nn.Linear)}
+        elif any(name.endswith("experts") for name in children) or any(map(_is_experts, children.values())):
+            found |= {f"{prefix}.{name}" for name, m in children.items() if isinstance(m, nn.Linear)}
+    return found
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Experts")
+
+
+def block_weights_left_out(model: nn.Module, selected: Iterable[str]) -> dict[str, int]:
+    """The matrices in a model's blocks that take no part, and their number of weights.
+
+    Args:
+        model (`nn.Module`): Any model.
+        selected (`Iterable[str]`): Names of the parameters that take part.
+
+    Returns:
+        `dict[str, int]`: By parameter name; without those of routers, embeddings, vectors and adapters.
+    """
+    apart = router_names(model) | _head_and_adapter_names(model)
+    apart |= {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    apart |= {name for name, module in model.named_modules() if type(module).__name__.endswith("Router")}
+    selected = set(selected)
+    return {
+        name: param.numel()
+        for name, param in model.named_parameters()
+        if re.search(r"\.\d+\.", name)
+        and param.dim() > 1
+        and min(param.shape[-2:]) > 1
+        and name not in selected
+        and name.rpartition(".")[0] not in apart
+        and not name.endswith("bias")
+    }
 
 
 def _matches(patterns: Modules, name: str) -> bool:
@@ -194,11 +245,11 @@ def _head_and_adapter_names(model: nn.Module) -> set[str]:
     return left_out
 
 
-def _nothing_matches(option: str, value: Modules, linears: dict[str, nn.Module]) -> str:
+def _nothing_matches(option: str, value: Modules, linears: dict[str, nn.Parameter]) -> str:
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in linears})
     message = f"{option}={value!r} matches no linear layer."
     if not linears:
-        return f"{message} The model has none (nn.Linear or Conv1D)."
+        return f"{message} The model has none (nn.Linear, Conv1D or experts' 3-D parameters)."
     wanted = [value] if isinstance(value, str) else value
     near = [match for w in wanted for match in difflib.get_close_matches(w.rsplit(".", 1)[-1], suffixes, n=1)]
     if near:

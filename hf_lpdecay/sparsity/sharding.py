@@ -21,7 +21,9 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def has_whole_rows(tensor: Tensor, dim: int) -> bool:
     """Whether what is here of a weight holds all of its input features, which lie along `dim`."""
-    return not isinstance(tensor, DTensor) or not any(placement.is_shard(dim) for placement in tensor.placements)
+    return not isinstance(tensor, DTensor) or not any(
+        placement.is_shard(tensor.dim() - 2 + dim) for placement in tensor.placements
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -33,8 +35,8 @@ def placed_like(vector: Tensor, param: Tensor) -> Tensor:
     """Put what broadcasts over a parameter to where its pieces are.
 
     Args:
-        vector (`torch.Tensor`): Shape (n, 1) or (1, m), the same in every process.
-        param (`torch.Tensor`): Shape (n, m).
+        vector (`torch.Tensor`): Shape (n, 1) or (1, m), the same in every process; of experts (e, n, 1) or (e, 1, m).
+        param (`torch.Tensor`): Shape (n, m), or (e, n, m).
     """
     if not isinstance(param, DTensor):
         return vector

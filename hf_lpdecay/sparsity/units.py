@@ -4,6 +4,7 @@ Neurons and heads are found by shape and order, in every block of the model: all
 write to the residual stream, whose width is `config.hidden_size`.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .experts import expert_weights
 from .sharding import whole
+
+
+# Names of a layer that holds queries, keys and values, and how the models that have one order its rows: all queries,
+# all keys, all values; or those of the first head (key/value group), then those of the next.
+_FUSED = re.compile("qkv|query_key_value|c_attn", re.IGNORECASE)
+_ONE_AFTER_THE_OTHER = ("gpt2", "phi3", "modernbert")
+_GROUP_BY_GROUP = ("gpt_neox", "bloom", "falcon")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +106,9 @@ def find_units(model: PreTrainedModel | PeftModel, pattern: str) -> list[Units]:
     """Find what the pattern makes zero as one, block by block or adapter by adapter.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): Llama, Qwen, Mistral, GPT-2, OPT, BERT, RoBERTa, T5 and what is built
-            like them; for `"rank"`, with LoRA on linear layers.
+        model (`PreTrainedModel` or `PeftModel`): Llama, Qwen, Mistral, Phi-3, GPT-2, GPT-NeoX, Falcon, BLOOM, OPT,
+            BERT, ModernBERT, RoBERTa, BART, T5, ViT and what is built like them; for `"rank"`, with LoRA on linear
+            layers.
         pattern (`str`): `"neurons"`: a neuron is a row of the layers that read the residual stream and the column of
             the one that writes to it. `"heads"`: the rows of queries, keys and values and the columns of the output
             projection; with grouped queries, those of a key/value group and all its query heads. `"rank"`: a row of
@@ -121,11 +131,20 @@ def find_units(model: PreTrainedModel | PeftModel, pattern: str) -> list[Units]:
             missing = not attentions
         else:
             inside = {id(part.param) for _, slices in attentions for part in slices}
-            rest = {name: m for name, m in _linears(block).items() if id(m.weight) not in inside}
+            rest = {
+                name: m
+                for name, m in _linears(block).items()
+                if id(m.weight) not in inside and not re.search("attn|attention", name, re.IGNORECASE)
+            }
             neurons = _feed_forward(model.config.hidden_size, list(rest.values()), names)
             if neurons is not None:
                 found.append(Units(f"{block_name}: neurons", *neurons))
             missing = neurons is None
+        if missing and expert_weights(block):
+            raise ValueError(
+                f"pattern={pattern!r}: {block_name} of {type(model).__name__} has experts, whose {pattern} cannot be"
+                " pruned as a whole: they share 3-D parameters. Take another pattern, such as '2:4'."
+            )
         if missing:
             raise ValueError(_not_found(model, pattern, block_name, block))
     if not found:
@@ -195,18 +214,27 @@ def _attention(config, linears: list[nn.Module], names: dict[int, str]) -> tuple
     heads = config.num_attention_heads
     if len(linears) not in (2, 4):
         return None
-    *readers, output = linears  # the output projection comes last, in all of them
+    # The output projection comes last, but for a layer that holds queries, keys and values.
+    *readers, output = (
+        sorted(linears, key=lambda m: not _FUSED.search(names[id(m.weight)])) if len(linears) == 2 else linears
+    )
     inputs, outputs = _inputs_outputs(output)
     if outputs != config.hidden_size or inputs % heads:
         return None
     width = inputs // heads
     sizes = [_inputs_outputs(reader)[1] for reader in readers]
     if len(readers) == 1:
-        # Queries, keys and values in one layer. Only GPT-2's order is known to be one after the other.
-        if not isinstance(readers[0], Conv1D) or sizes[0] != 3 * inputs:
+        groups, rest = divmod(sizes[0] - inputs, 2 * width)
+        if rest or not groups or heads % groups or not _FUSED.search(names[id(readers[0].weight)]):
             return None
-        parts = [_slice(readers[0], True, width, names, start) for start in (0, inputs, 2 * inputs)]
-        return heads, (*parts, _slice(output, False, width, names))
+        if config.model_type in _ONE_AFTER_THE_OTHER:
+            starts = ((0, inputs // groups), (inputs, width), (inputs + groups * width, width))
+            parts = [_slice(readers[0], True, size, names, start) for start, size in starts]
+        elif config.model_type in _GROUP_BY_GROUP:
+            parts = [_slice(readers[0], True, sizes[0] // groups, names)]
+        else:
+            return None
+        return groups, (*parts, _slice(output, False, inputs // groups, names))
     queries, keys, values = sorted(sizes, reverse=True)
     groups, rest = divmod(keys, width)
     if queries != inputs or keys != values or rest or not groups or heads % groups:
@@ -224,6 +252,9 @@ def _feed_forward(hidden: int, linears: list[nn.Module], names: dict[int, str]) 
     writer = writers[-1]
     width = _inputs_outputs(writer)[0]
     readers = [linear for linear in linears if linear is not writer]
+    if len(readers) == 1 and _inputs_outputs(readers[0]) == (hidden, 2 * width):  # gate and up in one layer
+        parts = [_slice(readers[0], True, 1, names, start) for start in (0, width)]
+        return width, (*parts, _slice(writer, False, 1, names))
     if any(_inputs_outputs(reader) != (hidden, width) for reader in readers):
         return None
     return width, (*(_slice(reader, True, 1, names) for reader in readers), _slice(writer, False, 1, names))

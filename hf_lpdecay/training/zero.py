@@ -131,6 +131,12 @@ def find_ranges(optimizer: AcceleratedOptimizer, params: dict[str, nn.Parameter]
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+    experts = [name for name, param in params.items() if param.dim() == 3]
+    if experts:
+        raise ValueError(
+            f"DeepSpeed's flat partitions do not hold experts' 3-D parameters such as {experts[0]} as matrices: use"
+            " FSDP2 or DDP, or leave them out with exclude_modules."
+        )
     zero = optimizer.optimizer
     if not isinstance(zero, DeepSpeedZeroOptimizer):
         raise ValueError(
