@@ -35,7 +35,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: LpDecayConfig) -> 
 def check_stepped(optimizer: torch.optim.Optimizer, driver: str, cure: str) -> None:
     """Raise where an optimizer has no p-norm decay to drive."""
     if not isinstance(optimizer, (LpAdamW, LpDecay)):
-        raise ValueError(f"{driver} drives an LpAdamW or an LpDecay, but got a {type(optimizer).__name__}: {cure}.")
+        raise ValueError(f"{driver} drives an LpAdamW, but got a {type(optimizer).__name__}: {cure}.")
 
 
 def check_sharding(state: AcceleratorState, config: LpDecayConfig, deepspeed: bool = True) -> None:
