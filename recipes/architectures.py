@@ -172,7 +172,8 @@ def check(name: str) -> dict[str, str]:
     layers = [key.removesuffix(".weight") for key, value in match_parameters(sparse).items() if value.dim() == 2]
     peft_model = get_peft_model(sparse, LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
     try:
-        merged = dict(merge_sparse(peft_model).named_parameters())
+        with contextlib.redirect_stdout(io.StringIO()):  # what was merged is not part of the table
+            merged = dict(merge_sparse(peft_model).named_parameters())
     except ValueError as error:  # PEFT may adapt the experts with the layers of the same names
         row["LoRA merge"] = reason(str(error))
     else:

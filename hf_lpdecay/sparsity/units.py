@@ -140,7 +140,7 @@ def find_units(model: PreTrainedModel | PeftModel, pattern: str) -> list[Units]:
             if neurons is not None:
                 found.append(Units(f"{block_name}: neurons", *neurons))
             missing = neurons is None
-        if missing and expert_weights(block):
+        if (missing or pattern == "neurons") and expert_weights(block):
             raise ValueError(
                 f"pattern={pattern!r}: {block_name} of {type(model).__name__} has experts, whose {pattern} cannot be"
                 " pruned as a whole: they share 3-D parameters. Take another pattern, such as '2:4'."
