@@ -194,8 +194,9 @@ def _packed(folder: Path, files: dict[str, int], packed: bool | str) -> Iterator
     with tempfile.TemporaryDirectory() as aside:
         plain, whole = Path(aside, "plain"), Path(aside, "whole")
         for name in files:
-            # The archive holds what is pushed, not what lies beside it; a dry run has no card yet.
-            for root in (plain, whole) if (folder / name).is_file() else ():
+            # The archive holds what is pushed, without the card, not what lies beside it. A dry run has no card yet.
+            roots = (whole,) if name == CARD_FILE else (plain, whole)
+            for root in roots if (folder / name).is_file() else ():
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 (root / name).symlink_to((folder / name).resolve())
         if packed == "only":
