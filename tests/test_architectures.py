@@ -25,7 +25,6 @@ REFUSED = {
         **EXPERTS,
         "heads": "no: unknown layout",
         "shrink": "nothing to cut",
-        "LoRA merge": "no: 3-D experts",
     },
 }
 

