@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import struct
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -168,7 +169,7 @@ def linear(kernel: Kernel, weight: Weight, bias: Tensor | None, x: Tensor, layer
     flat = flat.to(inside)
     bias = None if bias is None else bias.to(inside)
     step = max(32, min(weight.rows, _TILE_BYTES // (weight.cols * inside.itemsize) // 32 * 32))
-    tile = torch.empty(step, weight.cols, dtype=inside)
+    tile = _scratch(step * weight.cols, inside).view(step, weight.cols)
     for first in range(0, weight.rows, step):
         last = min(first + step, weight.rows)
         kernel.decode(kernel.describe(weight, None, first, last), tile)
@@ -176,6 +177,17 @@ def linear(kernel: Kernel, weight: Weight, bias: Tensor | None, x: Tensor, layer
             flat, tile[: last - first], None if bias is None else bias[first:last]
         )
     return y
+
+
+_kept = threading.local()
+
+
+def _scratch(numel: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a tile, kept for the thread's next call: to get it anew takes as long as a product."""
+    buffer = getattr(_kept, "buffer", None)
+    if buffer is None or buffer.numel() < numel * dtype.itemsize:
+        buffer = _kept.buffer = torch.empty(numel * dtype.itemsize, dtype=torch.uint8)
+    return buffer[: numel * dtype.itemsize].view(dtype)
 
 
 def dense(kernel: Kernel, weight: Weight) -> Tensor:
