@@ -63,9 +63,10 @@ PARTS = {
     "step_cost": Part(gpu_cost.step_cost, 40),
     "plan_cost": Part(gpu_cost.plan_cost, 50),
     "processes": Part(gpu_quality.processes, 35),
-    "paper": Part(gpu_quality.paper, 130),
+    "paper": Part(gpu_quality.paper, 115),
     "train": Part(gpu_quality.train, 115),
     "two_of_four": Part(gpu_cost.two_of_four, 35),
+    "bit_mask": Part(gpu_cost.bit_mask, 15),
     "compile_and_bf16": Part(gpu_cost.compile_and_bf16, 30),
 }
 # Times the limits: a CPU may be busy.

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from hf_lpdecay import LpAdamW, LpDecayConfig, LpDecayTrainer, measure_sparsity, to_semi_structured
+from hf_lpdecay.inference import SparseLinear
 from hf_lpdecay.sparsity import Ramp, select_parameters
 
 
@@ -190,6 +191,44 @@ def two_of_four(check: Check) -> dict[str, Any]:
             )
             result["rows"].append((f"{kind}, batch {batch}", f"{text} ({ratios[0]:.2f} - {ratios[-1]:.2f})"))
         check.record(result)
+    return result
+
+
+@torch.inference_mode()
+def bit_mask(check: Check) -> dict[str, Any]:
+    """A linear layer with its non-zero values and a bit mask, decode, against the dense one; bfloat16."""
+    outputs, inputs, rounds = check.pick((14336, 4096, 50), (64, 128, 3))
+    result: dict[str, Any] = {"rows": [], "layers": []}
+    generator = torch.Generator().manual_seed(0)
+    for zeros in (0.5, 0.7, 0.9):
+        weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float32).bfloat16()
+        weight[torch.rand(outputs, inputs, generator=generator) < zeros] = 0.0
+        dense = torch.nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16, device=DEVICE)
+        dense.weight.copy_(weight)
+        sparse = SparseLinear.from_dense(weight).to(DEVICE)
+        for tokens in (1, 8):
+            x = torch.randn(tokens, inputs, generator=generator).bfloat16().to(DEVICE)
+            seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
+            for turn in range(rounds + 3):
+                for name, layer in (("dense", dense), ("sparse", sparse)):
+                    synchronize()
+                    started = time.perf_counter()
+                    y = layer(x)
+                    synchronize()
+                    if turn >= 3:  # the first ones compile and warm up
+                        seconds[name].append(time.perf_counter() - started)
+            error = (y - dense(x)).abs().max() / y.abs().max()
+            ratios = sorted(a / b for a, b in zip(seconds["dense"], seconds["sparse"]))
+            quartiles = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+            result["layers"].append({"zeros": zeros, "tokens": tokens, "seconds": seconds, "error": error.item()})
+            result["rows"].append(
+                (
+                    f"{outputs} x {inputs}, {zeros:.0%} zeros, {tokens} tokens",
+                    f"{statistics.median(ratios):.2f} times as fast as dense ({quartiles[0]:.2f} - {quartiles[1]:.2f}),"
+                    f" outputs within {error:.1e}",
+                )
+            )
+            check.record(result)
     return result
 
 
