@@ -124,7 +124,7 @@ def test_a_resumed_run_of_shards_goes_on_to_compensate(tmp_path):
     options = {"state_dict_type": "SHARDED_STATE_DICT", **SAVING}
     whole = trained(tmp_path / "whole", GLOBAL, **options)
     resumed = trained(tmp_path / "resumed", GLOBAL, **options, resume=str(tmp_path / "whole" / "checkpoint-12"))
-    # Near, not the same: what was heard before the checkpoint is not in it.
+    # Near, not the same: the Hessians are not in the checkpoint.
     assert [log["loss"] for log in resumed[-4:]] == pytest.approx([log["loss"] for log in whole[-4:]], abs=5e-2)
     assert resumed[-1]["sparsity"] == whole[-1]["sparsity"]
 

@@ -22,7 +22,7 @@ def layers(model):
 def used(layer):
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     alive = (a != 0).any(1), (b != 0).any(0)
-    assert torch.equal(*alive)  # a row and its column are zero as one
+    assert torch.equal(*alive)  # a row and its column are pruned together
     return int(alive[0].sum())
 
 

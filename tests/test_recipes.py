@@ -43,7 +43,7 @@ def test_the_default_run_writes_a_sparse_model_that_plain_transformers_loads(com
     assert config["architectures"] == ["LlamaForCausalLM"] and "quantization_config" not in config
     assert not any("spars" in key for key in config)
 
-    # In an interpreter that has never heard of hf_lpdecay, and without it on the path.
+    # In an interpreter without hf_lpdecay on the path.
     script = (
         "import json, sys, torch; from transformers import AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(out)!r})\n"

@@ -1,4 +1,4 @@
-"""Neurons and heads: found by shape, decayed and cut as one."""
+"""Neurons and heads: found by shape, decayed and cut as a whole."""
 
 import copy
 

@@ -303,6 +303,7 @@ def _safe(name: Any) -> str:
 
 
 def regular(folder: Path, name: Any) -> Path:
+    """The path of an ordinary file of an archive; raises for links, other kinds and names that lead out of it."""
     path = folder / _safe(name)
     if path.resolve() != folder.resolve() / name or (path.exists() and not path.is_file()):
         raise ValueError(f"{name} is a link or not an ordinary file (`cp -rL` makes a copy without links)")

@@ -76,7 +76,7 @@ class SparseLinear(nn.Module):
         return kernels.linear(*call[:3], x, call[3])
 
     def train(self, mode: bool = True) -> "SparseLinear":
-        """Only the mode for inference is to be had."""
+        """Raise for the training mode: a sparse layer is for inference."""
         if mode:
             raise RuntimeError(NO_TRAINING)
         return super().train(mode)

@@ -73,7 +73,7 @@ def structured_size(r: Tensor, pattern: str, dim: int = 1) -> Tensor:
             experts in front, each matrix is for itself.
         pattern (`str`): `"n:m"` keeps at least n of any m consecutive weights along the input features: the n largest
             of each group of m are out of reach, their size is infinite. Among equals the first are the smaller ones.
-            `"block:RxC"` makes tiles of R output and C input features zero as one: each weight's size is the root
+            `"block:RxC"` prunes whole tiles of R output and C input features: each weight's size is the root
             mean square of its tile.
         dim (`int`, *optional*, defaults to 1): The dimension of the input features.
 

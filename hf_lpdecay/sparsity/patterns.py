@@ -67,7 +67,7 @@ class SemiStructured(Unstructured):
 
 @dataclass(frozen=True)
 class Block(Unstructured):
-    """Tiles of `height` output and `width` input features are zero as one."""
+    """Tiles of `height` output and `width` input features are pruned as a whole."""
 
     height: int = 16
     width: int = 16
@@ -90,7 +90,7 @@ class Block(Unstructured):
 
 @dataclass(frozen=True)
 class Structured(Unstructured):
-    """Neurons, heads or ranks are zero as one, across the weights that they consist of: see [`~.units.find_units`]."""
+    """Neurons, heads or ranks are pruned as a whole, across the weights that they consist of: see [`~.units.find_units`]."""
 
     units: str = "neurons"
 

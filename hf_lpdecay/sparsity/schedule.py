@@ -21,7 +21,7 @@ MIN_RAMP_STEPS = 10
 EARLY_RAMP, DEFAULT_RAMP, LONGEST_RAMP = 0.1, 0.4, 0.7
 # AdamW's second moment and the activations say little before a few batches have been seen.
 MIN_IMPORTANCE_STEPS = 5
-# With more steps than these, several are computed as one.
+# With more steps than these, several are computed in one.
 _FEW_STEPS = 200
 # Halvings after which a weight counts as pruned: from there it collapses to zero.
 _COLLAPSE = 10

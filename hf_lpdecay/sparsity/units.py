@@ -1,4 +1,4 @@
-"""Neurons, heads and ranks: which slices of which weights become zero as one, so that they can be cut out of the model.
+"""Neurons, heads and ranks: which slices of which weights are pruned as a whole, so that they can be cut out of the model.
 
 Neurons and heads are found by shape and order, in every block of the model: all linear layers of a block read from or
 write to the residual stream, whose width is `config.hidden_size`.
@@ -103,7 +103,7 @@ class Units:
 
 
 def find_units(model: PreTrainedModel | PeftModel, pattern: str) -> list[Units]:
-    """Find what the pattern makes zero as one, block by block or adapter by adapter.
+    """Find the units that the pattern prunes as a whole, block by block or adapter by adapter.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): Llama, Qwen, Mistral, Phi-3, GPT-2, GPT-NeoX, Falcon, BLOOM, OPT,

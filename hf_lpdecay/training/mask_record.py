@@ -59,7 +59,7 @@ def check_record(saved: MaskRecord, present: MaskRecord, adapter: str) -> None:
     if not changed:
         return
     counts = {name: (saved.get(name, [0])[0], present.get(name, [0])[0]) for name in changed}
-    # The same number at other positions: at least one zero is gone and one is new.
+    # The same number at other positions: at least one zero was lost and one is new.
     least = sum(max(abs(was - now), 2 if was == now else 1) for was, now in counts.values())
     name = changed[0]
     raise ValueError(
