@@ -90,7 +90,7 @@ class Block(Unstructured):
 
 @dataclass(frozen=True)
 class Structured(Unstructured):
-    """Neurons, heads or ranks are pruned as a whole, across the weights that they consist of: see [`~.units.find_units`]."""
+    """Neurons, heads or ranks are pruned as a whole, see [`~.units.find_units`]."""
 
     units: str = "neurons"
 

@@ -151,7 +151,7 @@ def participants(model: nn.Module, config: "LpDecayConfig") -> dict[str, nn.Para
 
 
 def selected_units(model: nn.Module, config: "LpDecayConfig", selected: dict[str, nn.Parameter]) -> list[Units]:
-    """The units that are pruned as a whole with the patterns `"neurons"`, `"heads"` and `"rank"`; nothing with the others.
+    """The units that are pruned as a whole with the patterns `"neurons"`, `"heads"` and `"rank"`; else nothing.
 
     Args:
         model (`nn.Module`): Any model.

@@ -1,4 +1,4 @@
-"""Neurons, heads and ranks: which slices of which weights are pruned as a whole, so that they can be cut out of the model.
+"""Neurons, heads and ranks: which slices of which weights are pruned as a whole, to be cut out later.
 
 Neurons and heads are found by shape and order, in every block of the model: all linear layers of a block read from or
 write to the residual stream, whose width is `config.hidden_size`.
