@@ -90,6 +90,8 @@ PAPER_POINTS = [(None, 0.0), (0.8, 0.1), (0.5, 0.01), (0.8, 0.03), (0.5, 0.003),
 
 def paper(check: Check) -> dict[str, Any]:
     """Points of the paper's experiment, several at a time: the small model leaves most of a GPU idle."""
+    if check.rehearse and not check.paper_file:  # written once, before several processes read it
+        check = replace(check, paper_file=_toy_texts(check)[1])
     waiting, running = list(check.pick(PAPER_POINTS, PAPER_POINTS[:2])), {}
     result: dict[str, Any] = {"rows": [], "points": [], "workers": check.paper_workers}
     while waiting or running:
@@ -123,8 +125,7 @@ class Progress(TrainerCallback):
 def _paper_point(check: Check, name: str, p: float | None, lp_lambda: float) -> dict[str, Any]:
     argv = ["--config", str(HERE / "configs" / "paper" / "full.yaml")]
     argv += ["--output_dir", str(check.output_dir / f"paper-{name}"), "--bf16", "true"]
-    text = check.paper_file or (check.rehearse and _toy_texts(check)[1])
-    argv += ["--train_file", text] if text else []
+    argv += ["--train_file", check.paper_file] if check.paper_file else []
     argv += ["--max_steps", str(check.paper_steps)] if check.paper_steps else []
     if check.rehearse:
         argv += ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size", "16", "--max_steps", "4"]

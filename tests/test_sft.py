@@ -53,7 +53,7 @@ def test_the_model_becomes_sparse_and_plain_transformers_loads_it(flags, tmp_pat
     assert facts["results"]["after"]["loss"] > 0 and facts["evaluated_on"]["examples"] == 8
     assert "mean_token_accuracy: " in capsys.readouterr().out
     assert sft.main(["--config", str(CONFIGS / "sft.yaml"), *flags, "--p", "0.8"]) == 2
-    assert "holds a run with p=0.5 (now 0.8)" in capsys.readouterr().err
+    assert "holds a run with p=None (now 0.8)" in capsys.readouterr().err
 
 
 def test_a_lora_finds_its_ranks_and_plain_peft_loads_it(flags, tmp_path, capsys):

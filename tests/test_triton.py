@@ -61,7 +61,17 @@ def trained(fused, device="cpu", dtype=torch.float32, planned=False, steps=20, *
 
 def test_in_tritons_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--noconftest", "interpreted_triton.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=-q",
+        "-p",
+        "no:cacheprovider",
+        "--noconftest",
+        "interpreted_triton.py",
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     folder = Path(__file__).parent
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)

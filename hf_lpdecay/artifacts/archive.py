@@ -302,10 +302,12 @@ def _safe(name: Any) -> str:
     return name
 
 
-def regular(folder: Path, name: Any) -> Path:
-    """The path of an ordinary file of an archive; raises for links, other kinds and names that lead out of it."""
+def regular(folder: Path, name: Any, links: bool = False) -> Path:
+    """The path of an ordinary file of an archive; raises for other kinds, names that lead out of the folder and, unless
+    `links` are only read, for those: the hub's cache is made of them."""
     path = folder / _safe(name)
-    if path.resolve() != folder.resolve() / name or (path.exists() and not path.is_file()):
+    linked = path.resolve() != folder.resolve() / name
+    if (linked and not links) or (path.exists() and not path.is_file()):
         raise ValueError(f"{name} is a link or not an ordinary file (`cp -rL` makes a copy without links)")
     if not path.exists():
         raise FileNotFoundError(f"The archive {folder} lacks {name}. Nothing was written.")

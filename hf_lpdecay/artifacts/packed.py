@@ -36,9 +36,9 @@ def read_packed(folder: str | os.PathLike) -> Iterator[tuple[str, str, list[int]
     folder = Path(folder)
     with damage_told(folder, "loaded"):
         content = read_manifest(folder)
-        shards = {name: regular(folder, name) for name in content["shards"]}
+        shards = {name: regular(folder, name, links=True) for name in content["shards"]}
         for entry in content["others"]:
-            path = regular(folder, entry["name"])
+            path = regular(folder, entry["name"], links=True)
             if path.suffix == ".json" and copy_file(path, os.devnull) != {"sha256": entry["sha256"]}:
                 raise ValueError(f"the checksum of {entry['name']} is wrong")
         files = [(file, base64.b64decode(file["header"], validate=True)) for file in content["files"]]

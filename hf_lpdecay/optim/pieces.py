@@ -57,10 +57,8 @@ def matrices_of(
     if factors is None or tensors[0].dim() != 3:
         return [(tensors, factors, 0)]
     size = tensors[0].shape[1] * tensors[0].shape[2]
-    return [
-        (tuple(tensor[i] for tensor in tensors), (factors[0][i], factors[1][i]), i * size)
-        for i in range(len(tensors[0]))
-    ]
+    rows, columns = (factor.expand(len(tensors[0]), -1, -1) for factor in factors)
+    return [(tuple(tensor[i] for tensor in tensors), (rows[i], columns[i]), i * size) for i in range(len(tensors[0]))]
 
 
 def pieces_of(

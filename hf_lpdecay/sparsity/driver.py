@@ -231,7 +231,7 @@ class SparsityDriver:
                         f"target_sparsity={config.target_sparsity} is below the {has / numel:.2%} zeros that {what}"
                         " already have: choose a higher target, or keep them with freeze_zeros=True."
                     )
-        if any(zeros.values()):
+        if any(zeros.values()) and config.pattern != "rank":  # LoRA's B starts at zero
             self._controller.freeze_zeros()
 
     def _mark(self) -> None:
