@@ -157,8 +157,8 @@ def expected_time(trainer, task: Task, seconds: float) -> str:
     batch = args.train_batch_size * args.gradient_accumulation_steps
     steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(task.train) / batch / args.world_size
     # Forward and backward pass take three times as long as a forward pass; steps and plans a third of that.
-    minutes = (4 * seconds / len(task.validation) * batch * steps + seconds) / 60
-    return f"training and the second evaluation will take about {max(1, round(minutes))} minutes"
+    minutes = max(1, round((4 * seconds / len(task.validation) * batch * steps + seconds) / 60))
+    return f"training and the second evaluation will take about {minutes} minute{'s' if minutes > 1 else ''}"
 
 
 def write_next_steps(task: Task, folder: str, continued: list[tuple[str, str] | None]) -> None:
