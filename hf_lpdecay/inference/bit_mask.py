@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def multiply(
-    x, positions, values, starts, bias, y, rows, cols, n, ROWS: tl.constexpr, COLS: tl.constexpr
+    x, positions, values, starts, bias, y, rows, cols: tl.constexpr, n, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
     """`ROWS` outputs of each of the `n` rows of `x`; the mask is decoded once for all of them.
 
