@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,12 +68,17 @@ class CompareArguments(finetune.ScriptArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for method in self.methods:
-            if method not in METHODS:
-                raise ValueError(f"Invalid method in methods: {method!r} - should be one of {', '.join(METHODS)}.")
-        for folder in self.init_from:
-            if not (Path(folder) / "config.json").is_file():
-                raise ValueError(f"Invalid folder in init_from: {folder!r} - there is no config.json in it.")
+        check_compared(self.methods, METHODS, self.init_from)
+
+
+def check_compared(methods: list[str], known: Collection[str], folders: list[str]) -> None:
+    """Raise a `ValueError` for a method that is not known, or a folder without a model."""
+    for method in methods:
+        if method not in known:
+            raise ValueError(f"Invalid method in methods: {method!r} - should be one of {', '.join(known)}.")
+    for folder in folders:
+        if not (Path(folder) / "config.json").is_file():
+            raise ValueError(f"Invalid folder in init_from: {folder!r} - there is no config.json in it.")
 
 
 def main(argv: list[str]) -> int:

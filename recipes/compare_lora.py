@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import finetune
-import torch
+from compare import check_compared
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, default_data_collator, set_seed
+from tasks import Task
+from transformers import Trainer, set_seed
 
 from hf_lpdecay import LpDecayConfig, LpDecayTrainer, mask_lora, measure_sparsity, merge_sparse
-from hf_lpdecay.evaluation import perplexity
 from hf_lpdecay.sparsity.report import write_text
 
 
@@ -39,12 +39,9 @@ class CompareLoraArguments(finetune.ScriptArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for method in self.methods:
-            if method not in METHODS:
-                raise ValueError(f"Invalid method in methods: {method!r} - should be one of {', '.join(METHODS)}.")
-        for folder in self.init_from:
-            if not (Path(folder) / "config.json").is_file():
-                raise ValueError(f"Invalid folder in init_from: {folder!r} - there is no config.json in it.")
+        check_compared(self.methods, METHODS, self.init_from)
+        if self.task != "causal-lm":
+            raise ValueError(f"task={self.task!r}: adapters are compared on language models; leave it out.")
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +49,7 @@ def main(argv: list[str]) -> int:
         script, _, args, given = finetune.parse(argv, CompareLoraArguments, __doc__)
         if not script.init_from:
             raise ValueError("Which sparse models? Name their folders with --init_from.")
-        data = finetune.load_data(dataclasses.replace(script, model_name_or_path=script.init_from[0]))
+        task = finetune.load_task(dataclasses.replace(script, model_name_or_path=script.init_from[0]))
     except (ValueError, OSError) as error:
         print(f"compare_lora.py: error: {error}", file=sys.stderr)
         return 2
@@ -61,7 +58,7 @@ def main(argv: list[str]) -> int:
     for seed in script.seeds:
         for folder in script.init_from:
             for method in script.methods:
-                found = run(script, args, data, folder, method, seed)
+                found = run(script, args, task, folder, method, seed)
                 runs.append({"base": Path(folder).name, "method": method, "seed": seed, **found})
                 print(json.dumps(runs[-1]), flush=True)
                 # Written after every run, so that nothing is lost.
@@ -71,15 +68,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run(script, args, data: finetune.Data, folder: str, method: str, seed: int) -> dict[str, float]:
+def run(script, args, task: Task, folder: str, method: str, seed: int) -> dict[str, float]:
     """Train one sparse model in one way, and evaluate it in float32 before and after the merge."""
     set_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = task.load_model(folder)
     args = dataclasses.replace(args, seed=seed)
     options = {
-        "train_dataset": data.train,
-        "processing_class": data.tokenizer,
-        "data_collator": default_data_collator,
+        "train_dataset": task.train,
+        "processing_class": task.tokenizer,
+        "data_collator": task.collator(model),
     }
     if method == "all-weights":
         trainer = LpDecayTrainer(model=model, args=args, lp_config=LpDecayConfig(freeze_zeros=True), **options)
@@ -95,13 +92,11 @@ def run(script, args, data: finetune.Data, folder: str, method: str, seed: int) 
     seconds = time.monotonic() - started
     # Without the autocast that the Trainer wrapped around the model's forward.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    windows, size = data.validation["input_ids"], args.per_device_eval_batch_size
-    found = {"unmerged": perplexity(model, windows, size, "Perplexity")}
+    found = {"unmerged": finetune.evaluate_model(model, task, args, "unmerged")["perplexity"]}
+    found["merged"] = found["unmerged"]
     if method != "all-weights":
         model = merge_sparse(model)
-    found["merged"] = (
-        perplexity(model, windows, size, "Perplexity merged") if method != "all-weights" else found["unmerged"]
-    )
+        found["merged"] = finetune.evaluate_model(model, task, args, "merged")["perplexity"]
     found |= {"sparsity": measure_sparsity(model).sparsity, "seconds": round(seconds, 1)}
     del trainer, model
     gc.collect()

@@ -4,7 +4,7 @@ import json
 
 import compare
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lpdecay.sparsity import select_parameters
 
@@ -53,3 +53,23 @@ def test_unknown_methods_and_folders_are_refused(capsys):
     assert "'nowhere' - there is no config.json in it" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         compare.main(["--help"])
+
+
+def test_adapters_on_a_sparse_model_side_by_side(command, language_model, tmp_path, capsys):
+    import compare_lora
+
+    model = AutoModelForCausalLM.from_pretrained(language_model)
+    for name, param in model.named_parameters():
+        if name.endswith("proj.weight"):
+            param.data.view(-1)[::2] = 0.0
+    model.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(language_model).save_pretrained(tmp_path / "half")
+    results = tmp_path / "lora.json"
+    flags = ["--max_steps", "3", "--lp_lambda", "0", "--results_file", str(results)]
+    assert compare_lora.main([*command, *flags, "--init_from", str(tmp_path / "half")]) == 0
+    runs = {run["method"]: run for run in json.loads(results.read_text())["runs"]}
+    assert list(runs) == list(compare_lora.METHODS)
+    assert all(run["sparsity"] == 0.5 for run in runs.values())
+    assert runs["masked-lora"]["merged"] == pytest.approx(runs["masked-lora"]["unmerged"], rel=1e-5)
+    assert compare_lora.main([*command, *flags, "--init_from", str(tmp_path / "none")]) == 2
+    assert "there is no config.json in it" in capsys.readouterr().err

@@ -151,10 +151,14 @@ class SparsityDriver:
             if collector is not None:
                 collector.remove_hooks()
 
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether the run has a target and has not come to the end of its ramp."""
-        return self.ramp is not None and self._step < self.ramp.end
+    def shortfall(self) -> str | None:
+        """One sentence if the run ends before its ramp does, without the target."""
+        if self.ramp is None or self._step >= self.ramp.end:
+            return None
+        return (
+            f"Training stopped after step {self._step}, before the ramp's end at step {self.ramp.end}: the selected"
+            f" weights are {self.sparsity():.2%} zero, not {self.ramp.target:.2%}."
+        )
 
     @torch.no_grad()
     def sparsity(self) -> float:

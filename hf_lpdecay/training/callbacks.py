@@ -143,11 +143,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         driver, self._best = self._driver, None
         driver.finish()
-        if driver.is_unfinished and state.is_world_process_zero:
-            logger.warning_once(
-                f"Training stopped after step {state.global_step}, before the ramp's end at step {driver.ramp.end}: the"
-                f" selected weights are {driver.sparsity():.2%} zero, not {driver.ramp.target:.2%}."
-            )
+        shortfall = driver.shortfall()  # every process counts its part
+        if shortfall and state.is_world_process_zero:
+            logger.warning_once(shortfall)
 
     def metrics(self) -> dict[str, float]:
         """Numbers for the logs: `sparsity` of the selected weights, `lp_lambda` and `lp_phase` (0 dense, 1 decay,

@@ -116,11 +116,9 @@ class Sparsifier:
     def finish(self) -> None:
         """Remove the hooks; only needed where the loop ends before the ramp does."""
         self._driver.finish()
-        if self._driver.is_unfinished and PartialState().is_main_process:
-            logger.warning_once(
-                f"Training stopped after step {self._step}, before the ramp's end at step {self._driver.ramp.end}: the"
-                f" selected weights are {self._driver.sparsity():.2%} zero, not {self._driver.ramp.target:.2%}."
-            )
+        shortfall = self._driver.shortfall()  # every process counts its part
+        if shortfall and PartialState().is_main_process:
+            logger.warning_once(shortfall)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold beside the model, the optimizer and the learning rate scheduler."""
