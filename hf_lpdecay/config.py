@@ -75,9 +75,10 @@ class LpDecayConfig:
             `importance="activation"`, else to 0.
         ramp_start (`float`, *optional*, defaults to `0.0`): Where the ramp starts, as a fraction of all steps. Only
             matters with a target or a schedule.
-        ramp_end (`float`, *optional*): Where the ramp ends, as a fraction of all steps. Defaults to `0.4` after
-            `ramp_start` and to `0.1` with n:m, but to ten steps at least and `0.7` at most; to `0.7` without a target.
-        num_plans (`int`, *optional*): Number of plans (pruning steps) in the ramp. Defaults to 8, and to 2 with n:m.
+        ramp_end (`float`, *optional*): Where the ramp ends, as a fraction of all steps. Defaults to `0.7`; with n:m to
+            `0.1` after `ramp_start`, but to ten steps at least and `0.7` at most.
+        num_plans (`int`, *optional*): Number of plans (pruning steps) in the ramp, at most one per step. Defaults to
+            20, and to 2 with n:m.
         freeze_zeros (`bool`, *optional*, defaults to `False`): Keep every weight that is exactly zero at zero, from
             the start.
         distill (`str`, *optional*): A dense teacher: `"self"` for the model as it was before the training, or the name
@@ -274,7 +275,7 @@ class LpDecayConfig:
             "scope": "layer" if semi_structured or self.pattern in ("neurons", "heads") else "global",
             "importance": "activation" if semi_structured else "adam",
             "trim": True,
-            "num_plans": 2 if semi_structured else 8,
+            "num_plans": 2 if semi_structured else 20,
         }
         for name, value in defaults.items():
             if getattr(self, name) is None:

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from hf_lpdecay import LpDecayConfig, LpDecaySeq2SeqTrainer, LpDecayTrainer, measure_sparsity
-from hf_lpdecay.training.distillation import Distiller
+from hf_lpdecay.training.distillation import Distiller, _square_head
 
 
 class Losses(TrainerCallback):
@@ -193,6 +193,17 @@ def test_hidden_states_of_a_decoder_are_compared_where_there_are_labels():
     for states in outputs["decoder_hidden_states"]:
         states.data[:, 3:] += 1.0
     assert distiller.loss(inputs, outputs)[0].item() > 0.1
+
+
+def test_each_token_counts_by_its_own_norm_in_the_distance_of_hidden_states():
+    """A language model's first token is so much larger than the others that their sum would say nothing of these."""
+    theirs = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
+    theirs[:, 0] *= 1000
+    for token in (0, 3):
+        ours = theirs.clone()
+        ours[:, token] *= 1.5
+        distance = _square_head({}, {"hidden_states": (ours, ours)}, {"hidden_states": (theirs, theirs)})
+        assert distance.item() == pytest.approx(0.25 / 4)
 
 
 def test_distillation_is_refused_where_there_are_no_logits_to_compare_or_other_layers(tmp_path):

@@ -75,7 +75,7 @@ def test_logs_show_sparsity_lambda_and_phase_beside_the_loss_to_every_tracker(tm
     trainer = trainer_for(tmp_path, TARGET, callbacks=[Tracker()], eval_strategy="steps", eval_steps=10)
     trainer.train()
     losses = [logs for logs in seen if "loss" in logs]
-    assert [logs["lp_phase"] for logs in losses] == [1, 1, 2, 2, 2, 2]
+    assert [logs["lp_phase"] for logs in losses] == [1, 1, 1, 1, 2, 2]
     assert [logs["sparsity"] for logs in losses] == sorted(logs["sparsity"] for logs in losses)
     assert losses[0]["lp_lambda"] > 0 and losses[-1]["lp_lambda"] == 0 and losses[-1]["sparsity"] == 0.5
     assert all(isinstance(value, (int, float)) for logs in losses for value in logs.values())
@@ -89,7 +89,7 @@ def test_one_line_at_the_start_says_what_is_decayed_and_what_not(tmp_path, capsy
     trainer_for(tmp_path, TARGET).train()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("p-norm decay")]
     assert len(lines) == 1
-    assert "on 14 of 20 trained tensors" in lines[0] and "from step 5 to 15" in lines[0]
+    assert "on 14 of 20 trained tensors" in lines[0] and "from step 5 to 21" in lines[0]
     assert "not on 6 others (model.embed_tokens.weight" in lines[0]
 
 
@@ -200,7 +200,7 @@ def test_an_early_stop_is_said(tmp_path, caplog):
             control.should_training_stop = state.global_step == 10
 
     trainer_for(tmp_path, TARGET, callbacks=[Stop()]).train()
-    assert "Training stopped after step 10, before the ramp's end at step 15" in caplog.text
+    assert "Training stopped after step 10, before the ramp's end at step 21" in caplog.text
 
 
 def test_groups_keep_the_trainers_weight_decay_and_mark_what_is_decayed(tmp_path):

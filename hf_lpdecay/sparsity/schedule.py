@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # it checks its pattern with this room
 
 DENSE, DECAY, SETTLE = "dense", "decay", "settle"
 MIN_RAMP_STEPS = 10
-# The ramp's default length with n:m and otherwise, and where it ends at the latest, as fractions of all steps.
-EARLY_RAMP, DEFAULT_RAMP, LONGEST_RAMP = 0.1, 0.4, 0.7
+# The ramp's default length with n:m, and where it ends otherwise, as fractions of all steps.
+EARLY_RAMP, RAMP_END = 0.1, 0.7
 # AdamW's second moment and the activations say little before a few batches have been seen.
 MIN_IMPORTANCE_STEPS = 5
 # With more steps than these, several are computed in one.
@@ -58,13 +58,9 @@ class Ramp:
         start = round(config.ramp_start * total_steps)
         if not config.calibration_batches:
             start = max(start, warmup_steps, 0 if config.importance == "magnitude" else MIN_IMPORTANCE_STEPS)
-        if config.ramp_end is None:
-            early = isinstance(parse_pattern(config.pattern), SemiStructured)
-            length = EARLY_RAMP if early else DEFAULT_RAMP
-            latest = round(LONGEST_RAMP * total_steps)
-            end = min(max(round((config.ramp_start + length) * total_steps), start + MIN_RAMP_STEPS), latest)
-        else:
-            end = round(config.ramp_end * total_steps)
+        end = round((RAMP_END if config.ramp_end is None else config.ramp_end) * total_steps)
+        if config.ramp_end is None and isinstance(parse_pattern(config.pattern), SemiStructured):
+            end = min(end, max(round((config.ramp_start + EARLY_RAMP) * total_steps), start + MIN_RAMP_STEPS))
         if end - start < MIN_RAMP_STEPS:
             raise ValueError(
                 f"The ramp would have {max(end - start, 0)} optimizer steps, from step {start} to {end} of"
@@ -193,7 +189,7 @@ class PlainSchedule:
         self.config = config
         self._ids = {id(param) for param in params.values()}
         self._optimizer = optimizer
-        end = LONGEST_RAMP if config.ramp_end is None else config.ramp_end
+        end = RAMP_END if config.ramp_end is None else config.ramp_end
         self._start, self._end = (config.ramp_start * total_steps, end * total_steps)
 
     def after_step(self, step: int) -> None:

@@ -50,7 +50,8 @@ class Distiller:
         """The distance from the teacher, summed over what the labels are for; padding is left out.
 
         ``T**2 * KL(teacher || student)`` at temperature ``T`` (arXiv 1503.02531), plus `distill_hidden` times the
-        normalised distance of the hidden states (SquareHead, arXiv 2310.06927). The divergence is that of
+        normalised distance of the hidden states (SquareHead, arXiv 2310.06927, but each token divided by its own norm).
+        The divergence is that of
 
         - the classes of `logits`: per example, or per token whose label is not -100 and which is no padding;
         - yes and no, for each entry of `logits` where the labels have the same shape (several labels per example);
@@ -153,5 +154,7 @@ def _square_head(inputs: dict[str, Tensor], ours: dict[str, Tensor], theirs: dic
         teacher = teacher.float()
         if mask is not None and mask.shape == student.shape[:2]:
             student, teacher = student[mask.bool()], teacher[mask.bool()]
-        total = total + (student.float() - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12)
+        # Each token by its own norm, over all of them: a language model's first token has nearly all of the sum.
+        distance = (student.float() - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
+        total = total + distance.mean()
     return total / (len(ours[name]) - 1)
