@@ -136,7 +136,9 @@ def _paper_point(check: Check, name: str, p: float | None, lp_lambda: float) -> 
     progress = Progress(check.output_dir / f"paper-{name}.jsonl")
     if check.rehearse:
         validation.tokens = validation.tokens[:1000]
-    return reproduce_paper.run(script, args, train, validation, vocab_size, p, lp_lambda, [progress])
+    lp_config = LpDecayConfig(p=p or 0.8, lp_lambda=lp_lambda)
+    point = reproduce_paper.run(script, args, train, validation, vocab_size, lp_config, [progress])
+    return {"p": p, "lp_lambda": lp_lambda, **point}
 
 
 def train(check: Check) -> dict[str, Any]:

@@ -86,7 +86,8 @@ def main(argv: list[str]) -> int:
     path = Path(script.results_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     for p, lp_lambda in tqdm(grid, desc="Grid"):
-        runs.append(run(script, args, train, validation, vocab_size, p, lp_lambda))
+        lp_config = LpDecayConfig(p=p or 0.8, lp_lambda=lp_lambda)
+        runs.append({"p": p, "lp_lambda": lp_lambda, **run(script, args, train, validation, vocab_size, lp_config)})
         print(json.dumps(runs[-1]), flush=True)
         claims = check_claims(runs, script.tolerance) if len(runs) == len(grid) else {}
         write_text(path, json.dumps({"options": given, "runs": runs, "claims": claims}, indent=2) + "\n")
@@ -118,10 +119,8 @@ def read_text(script: PaperArguments) -> str:
     return "".join(load_stdlib_text()[0]["text"])
 
 
-def run(
-    script, args, train, validation, vocab_size: int, p: float | None, lp_lambda: float, callbacks: Sequence = ()
-) -> dict:
-    """Train one model; the losses are those of the validation text, at the end and at its best."""
+def run(script, args, train, validation, vocab_size: int, lp_config: LpDecayConfig, callbacks: Sequence = ()) -> dict:
+    """Train one model from scratch; the losses are those of the validation text, at the end and at its best."""
     set_seed(args.seed)
     config = GPT2Config(
         vocab_size=vocab_size,
@@ -138,15 +137,13 @@ def run(
         args,
         train_dataset=train,
         eval_dataset=validation,
-        lp_config=LpDecayConfig(p=p or 0.8, lp_lambda=lp_lambda),
+        lp_config=lp_config,
         callbacks=list(callbacks),
     )
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     final = losses.get(trainer.state.global_step) or trainer.evaluate()["eval_loss"]
     return {
-        "p": p,
-        "lp_lambda": lp_lambda,
         "loss": final,
         "best_loss": min([*losses.values(), final]),
         "sparsity": measure_sparsity(trainer.model).sparsity,

@@ -2,6 +2,8 @@
 
 import json
 
+import compare_paper
+import pytest
 import reproduce_paper
 
 
@@ -25,6 +27,23 @@ def test_the_grid_is_run_judged_and_drawn(tmp_path, texts, capsys):
     assert reproduce_paper.main(["--train_file", "nowhere"]) == 2
     assert reproduce_paper.main(["--p_grid", "0"]) == 2
     assert "'nowhere': there is no such file" in capsys.readouterr().err
+
+
+def test_ways_to_a_target_from_scratch(tmp_path, texts, capsys):
+    (tmp_path / "text.txt").write_text("".join(texts[0]["text"][:20]))
+    flags = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--block_size", "16", "--max_steps", "30"]
+    flags += ["--targets", "0.5", "0.9", "--seeds", "0", "1", "--eval_steps", "30", "--warmup_steps", "2"]
+    flags += ["--train_file", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    flags += ["--methods", "dense", "gmp-compensate", "lp", "--results_file", str(tmp_path / "compare.json")]
+    assert compare_paper.main(flags) == 0
+    runs = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    found = {(run["method"], run["seed"]): run for run in runs}
+    assert len(found) == len(runs) == 10  # the dense model is the same for both targets
+    for (method, _), run in found.items():
+        assert run["sparsity"] == pytest.approx(float(method.split()[1]) if " " in method else 0.0, abs=1e-3)
+    assert "| lp 0.9 | 90.0" in capsys.readouterr().out
+    assert compare_paper.main(["--methods", "magic"]) == 2 and compare_paper.main(["--targets", "2"]) == 2
+    assert "Invalid target_sparsity: 2" in capsys.readouterr().err
 
 
 def test_claims_are_judged_by_the_numbers():
