@@ -4,14 +4,13 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import TARGET, same_bits, tiny_llama, trainer_for, weights
+from processes import run_in_processes
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lpdecay import LpDecayConfig, LpDecayMixin, LpDecayTrainer, measure_sparsity
@@ -171,38 +170,24 @@ def test_a_checkpoint_of_an_earlier_run_is_replaced_as_a_whole(tmp_path):
     assert not stale.exists() and {path.name for path in tmp_path.iterdir()} == {"checkpoint-15", "checkpoint-30"}
 
 
-PROCESSES = """
-import json, math, os, sys, torch
-from pathlib import Path
-from conftest import trainer_for, weights
-from hf_lpdecay import LpDecayConfig
-from test_reliability import faulty
-
-torch.set_num_threads(1)
-rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
-options = {"save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 2}
-said = []
-for trainer in (
-    trainer_for(folder, LpDecayConfig(p=0.5 + rank / 10, lp_lambda=0.1), **options),
-    faulty(folder, [8] if rank == 1 else [], math.nan, **options),
-):
-    try:
-        trainer.train()
-    except (ValueError, FloatingPointError) as error:
-        said.append(f"{type(error).__name__}: {error}")
-total = sum(float(w.double().sum()) for w in weights(trainer.model).values())
-(folder / f"{rank}.json").write_text(json.dumps({"said": said, "step": trainer.state.global_step, "total": total}))
-"""
+def train_with_faults_of_one_rank(folder):
+    rank = int(os.environ["RANK"])
+    options = {"save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 2}
+    said = []
+    for trainer in (
+        trainer_for(folder, LpDecayConfig(p=0.5 + rank / 10, lp_lambda=0.1), **options),
+        faulty(folder, [8] if rank == 1 else [], math.nan, **options),
+    ):
+        try:
+            trainer.train()
+        except (ValueError, FloatingPointError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    total = sum(float(w.double().sum()) for w in weights(trainer.model).values())
+    (folder / f"{rank}.json").write_text(json.dumps({"said": said, "step": trainer.state.global_step, "total": total}))
 
 
 def test_two_processes_agree_on_what_is_wrong_and_write_checkpoints_together(tmp_path):
-    script = tmp_path / "processes.py"
-    script.write_text(PROCESSES)
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), str(tests.parent), str(tests.parent / "recipes"), *sys.path])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    subprocess.run([*launch, script, tmp_path], check=True, capture_output=True, timeout=240, env=env)
+    run_in_processes(train_with_faults_of_one_rank, 2, tmp_path)
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert results[0] == results[1] and results[0]["step"] == 7
     different, not_finite = results[0]["said"]
