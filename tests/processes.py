@@ -8,6 +8,7 @@ import functools
 import gc
 import multiprocessing
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +31,17 @@ def succeed(main: Callable[[list[str]], int], arguments: list[str]) -> None:
     code = main(arguments)
     if code:
         raise RuntimeError(f"{main.__module__} ended with code {code}")
+
+
+def succeed_with_small_files(main: Callable[[list[str]], int], arguments: list[str], limit: int) -> None:
+    """Run a recipe where a file can have at most `limit` bytes, which is what a full disk is to a library."""
+    limit_files(limit)
+    succeed(main, arguments)
+
+
+def limit_files(limit: int) -> None:
+    """Let no file that this process writes get longer than `limit` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
 def start_server() -> None:

@@ -3,18 +3,20 @@
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
+import finetune
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import TARGET, same_bits, tiny_llama, trainer_for, weights
-from processes import run_in_processes
+from processes import limit_files, run_in_processes, succeed_with_small_files
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lpdecay import LpDecayConfig, LpDecayMixin, LpDecayTrainer, measure_sparsity
-from hf_lpdecay.training import last_whole_checkpoint
+from hf_lpdecay.training import FullDiskError, last_whole_checkpoint
 
 
 class Fault:
@@ -131,6 +133,45 @@ def test_a_checkpoint_that_cannot_be_finished_never_appears(tmp_path, monkeypatc
     assert {path.name for path in (tmp_path / "a").iterdir()} == {f"checkpoint-{s}" for s in (6, 12, 18, 24, 30)}
     files = [{path.name for path in (tmp_path / run / "checkpoint-18").iterdir()} for run in ("whole", "a")]
     assert files[0] == files[1]
+
+
+class FillDisk(TrainerCallback):
+    """From a step on, no file can be longer than so many bytes."""
+
+    def __init__(self, step, limit):
+        self.step, self.limit = step, limit
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            limit_files(self.limit)
+
+
+def train_until_the_disk_is_full(folder, limit):
+    options = {"save_strategy": "steps", "save_steps": 6, "callbacks": [FillDisk(14, limit)]}
+    with pytest.raises(FullDiskError) as raised:
+        trainer_for(folder, TARGET, **options).train()
+    print("RAISED", raised.value, "FROM", type(raised.value.__cause__).__name__)
+
+
+@pytest.mark.parametrize("limit, library", [(20_000, "SafetensorError"), (100_000, "RuntimeError")])
+def test_a_full_disk_is_named_with_the_checkpoint_to_resume_from(tmp_path, limit, library):
+    sizes = [weight.numel() * 4 for weight in weights(tiny_llama()).values()]
+    assert 20_000 < sum(sizes) < 100_000 < 2 * sum(sizes)  # the model, and the optimizer's state
+    (printed,) = run_in_processes(train_until_the_disk_is_full, 1, tmp_path, limit)
+    said = printed.partition("RAISED")[2]
+    assert f"not enough space to write {tmp_path}/_unfinished/checkpoint-18 (" in said and " MB are free" in said
+    assert f"the run can be resumed from {tmp_path}/checkpoint-12. FROM {library}" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6", "checkpoint-12"}
+
+
+def test_a_recipe_whose_last_save_finds_the_disk_full_keeps_its_checkpoint(command, tmp_path):
+    assert finetune.main(command) == 0
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError) as raised:
+        run_in_processes(succeed_with_small_files, 1, finetune.main, command, 20_000)
+    message = f"There is not enough space to write {out} \\(.* the run can be resumed from {out}/checkpoint-30\\."
+    assert re.search(message, str(raised.value)) and "finetune ended with code 1" in str(raised.value)
+    assert not (out / "model.safetensors").exists()
 
 
 def test_rotation_and_the_best_model_are_those_of_trainer(tmp_path):
