@@ -11,6 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from .files import written_aside
+
 
 # Comparisons and square roots only become vector instructions without errno and traps. No -ffast-math: infinities and
 # NaN keep their meaning.
@@ -54,25 +56,20 @@ def load_library(
     digest = hashlib.sha256(repr((compiler, _identity(compiler), options, machines, _processor())).encode())
     for source in sources:
         digest.update(source.read_bytes())
-    folder = _cache_folder()
-    if folder is not None:
-        library = folder / f"{sources[0].stem}-{digest.hexdigest()[:24]}.so"
+    with tempfile.TemporaryDirectory() as temporary:
+        library = (_cache_folder() or Path(temporary)) / f"{sources[0].stem}-{digest.hexdigest()[:24]}.so"
         try:
             return ctypes.CDLL(str(library))
         except OSError:
             pass  # not there yet, or damaged
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        made = Path(aside, "library.so")
         for machine in machines:
             try:
-                command = [*shlex.split(compiler), *options, machine, str(sources[0]), "-o", str(made)]
-                outcome = subprocess.run(command, capture_output=True, text=True)
-                if outcome.returncode == 0:
-                    if folder is None:
-                        return ctypes.CDLL(str(made))
-                    os.replace(made, library)  # whole, whatever another process does at the same time
-                    return ctypes.CDLL(str(library))
-                reason = outcome.stderr.strip()[-500:]
+                with written_aside(library) as made:  # whole, whatever another process does at the same time
+                    command = [*shlex.split(compiler), *options, machine, str(sources[0]), "-o", str(made)]
+                    outcome = subprocess.run(command, capture_output=True, text=True)
+                    if outcome.returncode:
+                        raise OSError(outcome.stderr.strip()[-500:])
+                return ctypes.CDLL(str(library))
             except OSError as error:
                 reason = str(error)
     raise RuntimeError(f"The {what}'s kernel could not be compiled with {compiler}: {reason}")

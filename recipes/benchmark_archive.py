@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModel
 
 from hf_lpdecay import pack, unpack
+from hf_lpdecay.files import write_text
 from hf_lpdecay.sparsity import select_parameters
-from hf_lpdecay.sparsity.report import write_text
 
 
 def main(argv: list[str]) -> int:

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from hf_lpdecay import to_sparse
+from hf_lpdecay.files import write_text
 from hf_lpdecay.inference import SparseLinear
 from hf_lpdecay.inference.convert import layer_bytes
-from hf_lpdecay.sparsity.report import write_text
 
 
 OTHER_DTYPE = {"float32": "bfloat16", "bfloat16": "float32"}

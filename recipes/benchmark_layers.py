@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hf_lpdecay.files import write_text
 from hf_lpdecay.inference import SparseLinear
 from hf_lpdecay.inference.kernels import kernel_for
 from hf_lpdecay.inference.speed import COLUMNS_FROM
-from hf_lpdecay.sparsity.report import write_text
 
 
 SHAPES = ("4096x4096", "14336x4096", "4096x14336", "2048x2048", "1536x576", "576x576", "192x576")

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from hf_lpdecay import LpAdamW, LpDecay, LpDecayConfig, LpDecayTrainer
+from hf_lpdecay.files import write_text
 from hf_lpdecay.sparsity import Ramp, SparsityController
 
 
@@ -315,9 +316,7 @@ def main() -> None:
         tqdm.write("\n".join(f"| {name} | {speed:.0f} |" for name, speed in results["tokens_per_second"].items()))
     if arguments.results_file:
         arguments.results_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = arguments.results_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1))
-        temporary.replace(arguments.results_file)
+        write_text(arguments.results_file, json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import finetune
 from tasks import Task
 
 from hf_lpdecay import LpDecayConfig, measure_sparsity
-from hf_lpdecay.sparsity.report import write_text
+from hf_lpdecay.files import write_text
 
 
 NO_TARGET = {

@@ -19,7 +19,7 @@ from tasks import Task
 from transformers import Trainer, set_seed
 
 from hf_lpdecay import LpDecayConfig, LpDecayTrainer, mask_lora, measure_sparsity, merge_sparse
-from hf_lpdecay.sparsity.report import write_text
+from hf_lpdecay.files import write_text
 
 
 METHODS = ("lora", "masked-lora", "all-weights")

@@ -30,8 +30,8 @@ from transformers import (
 
 from hf_lpdecay import measure_sparsity
 from hf_lpdecay.evaluation import lm_eval_scores, text_loss
+from hf_lpdecay.files import write_text
 from hf_lpdecay.sparsity.plot import save_figure
-from hf_lpdecay.sparsity.report import write_text
 from hf_lpdecay.training.record import update_record
 
 

@@ -17,13 +17,13 @@ from accelerate import PartialState
 from arguments import parse_recipe
 from data import check_files, data_facts
 from pypi_models import license_of, resolve_model
-from run_folder import claim_folder, interrupted
+from run_folder import claim_folder, stopped
 from tasks import TASKS, Task, TaskArguments
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments, TrainingArguments, set_seed
 
 from hf_lpdecay import LpDecayConfig
-from hf_lpdecay.training import write_record
+from hf_lpdecay.training import FullDiskError, naming_a_full_disk, write_record
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "smollm2-135m" / "causal-lm.yaml"
@@ -60,10 +60,11 @@ def main(argv: list[str]) -> int:
         continued = [task.sample(trainer.model)]
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
-    except KeyboardInterrupt:
-        return interrupted(args.output_dir)
-    seconds = time.monotonic() - started
-    trainer.save_model()
+        seconds = time.monotonic() - started
+        with naming_a_full_disk(args.output_dir):
+            trainer.save_model()
+    except (KeyboardInterrupt, FullDiskError) as error:
+        return stopped(error, args.output_dir)
     trainer.accelerator.wait_for_everyone()
     # What counts is what lies on the disk.
     model = type(trainer.model).from_pretrained(args.output_dir, dtype=torch.float32)

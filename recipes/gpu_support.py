@@ -20,7 +20,7 @@ import transformers
 from benchmark_optimizer import DEVICE, synchronize
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from hf_lpdecay.sparsity.report import write_text
+from hf_lpdecay.files import write_text
 
 
 TESTS = Path(__file__).parent.parent / "tests"

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, set_seed
 
 from hf_lpdecay import LpDecayConfig, LpDecayTrainer, measure_sparsity
+from hf_lpdecay.files import write_text
 from hf_lpdecay.sparsity.plot import save_figure
-from hf_lpdecay.sparsity.report import write_text
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "paper" / "cpu.yaml"

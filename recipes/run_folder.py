@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from hf_lpdecay.sparsity.report import write_text
-from hf_lpdecay.training import last_whole_checkpoint
+from hf_lpdecay.files import write_text
+from hf_lpdecay.training import FullDiskError, last_whole_checkpoint
 
 
 RUN_FILE = "run.yaml"
@@ -59,8 +59,11 @@ def claim_folder(output_dir: str, options: dict[str, Any]) -> str | None:
     return None
 
 
-def interrupted(output_dir: str) -> int:
-    """Say how an interrupted run goes on, and return the exit code."""
+def stopped(error: KeyboardInterrupt | FullDiskError, output_dir: str) -> int:
+    """Say why a run stopped and how it is resumed, and return the exit code."""
+    if isinstance(error, FullDiskError):
+        print(f"\n{error}", file=sys.stderr)
+        return 1
     last = last_whole_checkpoint(output_dir)
     kept = f"The same command resumes from {last}." if last else "No checkpoint was written yet."
     print(f"\nInterrupted. {kept}", file=sys.stderr)

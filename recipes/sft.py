@@ -16,14 +16,14 @@ from arguments import parse_recipe
 from data import BUILTIN, DataArguments, check_files, data_facts, head, load_texts
 from peft.tuners.lora import LoraLayer
 from pypi_models import license_of, resolve_model
-from run_folder import claim_folder, interrupted
+from run_folder import claim_folder, stopped
 from stdlib_text import load_stdlib_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from hf_lpdecay import LpDecayConfig, measure_sparsity, trim_rank
 from hf_lpdecay.sparsity.report import RECORD_FILE
-from hf_lpdecay.training import write_record
+from hf_lpdecay.training import FullDiskError, naming_a_full_disk, write_record
 from hf_lpdecay.training.trl import LpDecaySFTTrainer
 
 
@@ -50,12 +50,13 @@ def main(argv: list[str]) -> int:
     try:
         before = results(trainer)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
-    except KeyboardInterrupt:
-        return interrupted(args.output_dir)
-    found = {"before": before, "after": results(trainer)}
-    if lp_config.pattern == "rank":
-        trim_rank(trainer.model)
-    trainer.save_model()
+        found = {"before": before, "after": results(trainer)}
+        if lp_config.pattern == "rank":
+            trim_rank(trainer.model)
+        with naming_a_full_disk(args.output_dir):
+            trainer.save_model()
+    except (KeyboardInterrupt, FullDiskError) as error:
+        return stopped(error, args.output_dir)
     if trainer.is_world_process_zero():
         report(script, trainer, model_args, found)
     return 0

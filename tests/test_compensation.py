@@ -1,20 +1,22 @@
 """Weight updates of the remaining weights: against an exact solution in float64, through a whole run."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import VOCAB, controlled, tiny_bert, tiny_gpt2, tiny_llama, trainer_for
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_in_processes
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import TrainerCallback
 
 from hf_lpdecay import LpDecayConfig, measure_sparsity
 from hf_lpdecay.sparsity import Compensation, input_dims, participants, reconstruction
 from hf_lpdecay.sparsity.compensation import MAX_TOKENS, block_size, sample_tokens
 from hf_lpdecay.sparsity.reconstruction import DAMPING, reconstruct
+from hf_lpdecay.sparsity.sharding import has_whole_rows
 
 
 def problem(rows, blocks, size, seed, share=0.5):
@@ -324,28 +326,18 @@ def test_a_head_that_is_tied_to_the_embedding_can_be_compensated(tmp_path):
     updates.finish()
 
 
-PLACEMENTS = """
-import sys, torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from hf_lpdecay.sparsity import Compensation
-from hf_lpdecay.sparsity.sharding import has_whole_rows
-
-torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
-mesh = init_device_mesh("cpu", (1,))
-weights = [distribute_tensor(torch.ones(4, 6), mesh, [where]) for where in (Shard(0), Shard(1), Replicate())]
-assert [has_whole_rows(weight, 1) for weight in weights] == [True, False, True]
-assert [has_whole_rows(weight, 0) for weight in weights] == [False, True, True]
-layer = torch.nn.Module()
-layer.weight = torch.nn.Parameter(weights[0])
-optimizer = torch.optim.SGD(layer.parameters())
-assert not Compensation(layer, {layer.weight: 0}, optimizer)._handles
-assert Compensation(layer, {layer.weight: 1}, optimizer)._handles
-torch.distributed.destroy_process_group()
-"""
+def place_rows_and_columns():
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (1,))
+    weights = [distribute_tensor(torch.ones(4, 6), mesh, [where]) for where in (Shard(0), Shard(1), Replicate())]
+    assert [has_whole_rows(weight, 1) for weight in weights] == [True, False, True]
+    assert [has_whole_rows(weight, 0) for weight in weights] == [False, True, True]
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weights[0])
+    optimizer = torch.optim.SGD(layer.parameters())
+    assert not Compensation(layer, {layer.weight: 0}, optimizer)._handles
+    assert Compensation(layer, {layer.weight: 1}, optimizer)._handles
 
 
-def test_a_process_without_whole_rows_leaves_a_weight_alone(tmp_path):
-    command = [sys.executable, "-c", PLACEMENTS, str(tmp_path / "store")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_a_process_without_whole_rows_leaves_a_weight_alone():
+    run_in_processes(place_rows_and_columns, 1)

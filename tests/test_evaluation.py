@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_bert, tiny_llama
 from huggingface_hub import ModelCard
+from processes import run_in_processes, succeed
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertForSequenceClassification
 
 from hf_lpdecay import measure_sparsity
@@ -100,12 +98,8 @@ def test_models_side_by_side(models, text_files, tmp_path, capsys):
 
 def test_two_processes_share_the_windows_and_find_the_same(models, text_files, tmp_path):
     flags = ["--file", text_files[3], "--context_length", "32", "--max_windows", "7"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, RECIPES / "evaluate_models.py", *models, *flags, "--results_file", tmp_path / "two.json"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = [*map(str, models), *flags, "--results_file", str(tmp_path / "two.json")]
+    run_in_processes(succeed, 2, evaluate_models.main, arguments)
     two = json.loads((tmp_path / "two.json").read_text())["models"]
     _, one = run(models, tmp_path, *flags)
     for a, b in zip(one, two):

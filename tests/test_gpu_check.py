@@ -2,30 +2,25 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import gpu_check
 import pytest
 from gpu_check import PARTS, Part
+from processes import run_in_processes, succeed
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def test_the_rehearsal_runs_every_part(tmp_path):
-    # In an interpreter of its own: parts are forks, and this process has threads.
-    command = [sys.executable, str(RECIPES / "gpu_check.py"), "--rehearse", "--output_dir", str(tmp_path)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(RECIPES.parent), *filter(None, [env.get("PYTHONPATH")])])
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    # In a process of its own: parts are forks, and this one has threads.
+    printed = run_in_processes(succeed, 1, gpu_check.main, ["--rehearse", "--output_dir", str(tmp_path)])[0]
     records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in PARTS}
-    assert done.returncode == 0, {name: record.get("error") for name, record in records.items()}
     assert all(record["status"] == "passed" and record["result"]["rows"] for record in records.values())
-    assert "A rehearsal at toy size, whose figures say nothing" in done.stdout and "torch" in done.stdout
-    assert all(f"| `{name}` |" in done.stdout for name in PARTS)
+    assert "A rehearsal at toy size, whose figures say nothing" in printed and "torch" in printed
+    assert all(f"| `{name}` |" in printed for name in PARTS)
     runs = records["train"]["result"]["runs"]
     assert [run["method"] for run in runs] == ["dense", "lp", "gmp-compensate", "lp", "gmp-compensate"]
     assert [run["sparsity"] for run in runs] == pytest.approx([0.0, 0.7, 0.7, 0.5, 0.5], abs=1e-4)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -13,10 +12,14 @@ import torch
 from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_in_processes
 from reference import ReferenceLpAdamW
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 
-from hf_lpdecay import LpAdamW
+from hf_lpdecay import LpAdamW, LpDecay
 from hf_lpdecay.optim import kernels
 
 
@@ -210,63 +213,51 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (16
     assert float(result.stdout) < 0.1  # bytes per parameter; a copy would be 4
 
 
-SHARDED = """
-import sys, torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from hf_lpdecay.optim import LpAdamW, LpDecay
+def step_sharded_and_whole():
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
 
-dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (2,))
-WRAPPED = lambda params: LpDecay(torch.optim.AdamW(params, lr=1e-2), p=0.8, lp_lambda=3e-2)
-for make in (
-    lambda params: LpAdamW(params, lr=1e-2, p=0.8, lp_lambda=3e-2, fused=True),
-    lambda params: LpAdamW(params, lr=1e-2, p=0.8, lp_lambda=3e-2, fused=False, s_rate=0.5),
-    lambda params: LpAdamW(params, lr=1e-2, p=0.8, freeze_zeros=True),
-    WRAPPED,
-):
-    results = []
-    for sharded in (False, True):
-        torch.manual_seed(0)
-        # Seven rows: the shards are not equal.
-        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
-        model[0].weight.data[:3] = 0.0
-        inputs = torch.randn(16, 5)
-        if sharded:
-            fully_shard(model, mesh=mesh)
-        optimizer = make(model.parameters())
-        for step in range(10):
-            if sharded and step == 5:  # what a resumed run does, its step with lr = 0 on empty state included
-                saved = get_optimizer_state_dict(model, optimizer)
-                optimizer = make(model.parameters())
-                set_optimizer_state_dict(model, optimizer, saved)
-            model(inputs).square().mean().backward()
-            if step >= 5 and make is not WRAPPED:
-                state = optimizer.state[model[2].weight]
-                row = state["exp_avg_sq"].mean(1, keepdim=True).sqrt() * 100
-                state.update(lp_threshold=0.1, lp_row=row, lp_col=torch.linspace(0.5, 2, 7)[None])
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append([p.full_tensor() if sharded else p.detach() for p in model.parameters()])
-    for whole, shards in zip(*results):
-        torch.testing.assert_close(whole, shards, rtol=1e-4, atol=1e-5)
-    zeros = [(p == 0).sum().item() for p in results[0]]
-    assert zeros == [(p == 0).sum().item() for p in results[1]] and sum(zeros) > 0, zeros
-    assert all((p != 0).any() for p in results[0])
-dist.destroy_process_group()
-"""
+    def wrapped(params):
+        return LpDecay(torch.optim.AdamW(params, lr=1e-2), p=0.8, lp_lambda=3e-2)
+
+    for make in (
+        lambda params: LpAdamW(params, lr=1e-2, p=0.8, lp_lambda=3e-2, fused=True),
+        lambda params: LpAdamW(params, lr=1e-2, p=0.8, lp_lambda=3e-2, fused=False, s_rate=0.5),
+        lambda params: LpAdamW(params, lr=1e-2, p=0.8, freeze_zeros=True),
+        wrapped,
+    ):
+        results = []
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            # Seven rows: the shards are not equal.
+            model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+            model[0].weight.data[:3] = 0.0
+            inputs = torch.randn(16, 5)
+            if sharded:
+                fully_shard(model, mesh=mesh)
+            optimizer = make(model.parameters())
+            for step in range(10):
+                if sharded and step == 5:  # what a resumed run does, its step with lr = 0 on empty state included
+                    saved = get_optimizer_state_dict(model, optimizer)
+                    optimizer = make(model.parameters())
+                    set_optimizer_state_dict(model, optimizer, saved)
+                model(inputs).square().mean().backward()
+                if step >= 5 and make is not wrapped:
+                    state = optimizer.state[model[2].weight]
+                    row = state["exp_avg_sq"].mean(1, keepdim=True).sqrt() * 100
+                    state.update(lp_threshold=0.1, lp_row=row, lp_col=torch.linspace(0.5, 2, 7)[None])
+                optimizer.step()
+                optimizer.zero_grad()
+            results.append([p.full_tensor() if sharded else p.detach() for p in model.parameters()])
+        for whole, shards in zip(*results):
+            torch.testing.assert_close(whole, shards, rtol=1e-4, atol=1e-5)
+        zeros = [(p == 0).sum().item() for p in results[0]]
+        assert zeros == [(p == 0).sum().item() for p in results[1]] and sum(zeros) > 0, zeros
+        assert all((p != 0).any() for p in results[0])
 
 
-def test_shards_in_two_processes_give_what_one_process_gives(tmp_path):
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [*command, tmp_path / "sharded.py"], capture_output=True, text=True, timeout=200, env=environment
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_shards_in_two_processes_give_what_one_process_gives():
+    run_in_processes(step_sharded_and_whole, 2)
 
 
 def test_the_benchmark_runs_and_measures_every_rival(tmp_path, monkeypatch, capsys):

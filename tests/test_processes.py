@@ -3,44 +3,35 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import pytest
+import worker
 from conftest import tiny_llama, trainer_for
+from processes import run_in_processes
 from safetensors.torch import load_file
 
 from hf_lpdecay import LpDecayConfig
 
 
-HERE = Path(__file__).parent
+def fails_in_one(message):
+    if os.environ["RANK"] == "1":
+        raise ValueError(message)
+
+
+def test_what_fails_or_hangs_in_a_process_is_told_with_its_traceback():
+    assert run_in_processes(print, 2, "hello") == ["hello\n"] * 2
+    with pytest.raises(RuntimeError, match=r"(?s)fails_in_one failed.*process 0, exit code 0.*ValueError: a reason"):
+        run_in_processes(fails_in_one, 2, "a reason")
+    with pytest.raises(TimeoutError, match=r"sleep took more than 0.5 s in 1 processes"):
+        run_in_processes(time.sleep, 1, 60, timeout=0.5)
+
+
 GLOBAL = {"p": 0.5, "target_sparsity": 0.5, "scope": "global"}
 
 
-def launch(folder, lp_config, **options):
-    options = {"output_dir": str(folder), "lp_config": lp_config, "per_device_train_batch_size": 2, **options}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = [str(HERE), str(HERE.parent / "recipes"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
-    done = subprocess.run(
-        [*command, str(HERE / "worker.py"), json.dumps(options)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=env,
-    )
-    return done
-
-
-def trained(folder, lp_config, **options):
-    done = launch(folder, lp_config, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
+def trained(folder, config, **options):
+    run_in_processes(worker.train, 2, str(folder), config, **options)
     result = json.loads((folder / "result.json").read_text())
     assert result["parameters"] == ("DTensor" if "state_dict_type" in options else "Parameter")
     assert result["computed_in"] == ["torch.bfloat16" if "bf16" in options else "torch.float32"]
@@ -67,8 +58,9 @@ def uninterrupted(tmp_path_factory):
 
 def test_after_a_kill_the_run_is_resumed_to_the_bits_of_one_without(uninterrupted, tmp_path):
     folder, logs = uninterrupted
-    done = launch(tmp_path, GLOBAL, **SAVING, kill_at=14)
-    assert done.returncode != 0 and not (tmp_path / "model.safetensors").exists()
+    with pytest.raises(RuntimeError, match="process 1, exit code -9"):
+        trained(tmp_path, GLOBAL, **SAVING, kill_at=14)
+    assert not (tmp_path / "model.safetensors").exists()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]
     assert trained(tmp_path, GLOBAL, **SAVING, resume=True)[-1] == logs[-1]
     whole, resumed = (load_file(each / "model.safetensors") for each in (folder, tmp_path))
@@ -131,9 +123,9 @@ def test_a_resumed_run_of_shards_goes_on_to_compensate(tmp_path):
 
 def test_a_pattern_whose_rows_lie_in_different_processes_is_refused(tmp_path):
     config = {"p": 0.5, "target_sparsity": 0.5, "pattern": "block:4x4"}
-    done = launch(tmp_path, config, state_dict_type="FULL_STATE_DICT")
-    assert done.returncode != 0
-    assert "pattern='block:4x4' needs 4 rows of model.layers.0.self_attn.q_proj.weight in one process" in done.stderr
+    message = "pattern='block:4x4' needs 4 rows of model.layers.0.self_attn.q_proj.weight in one process"
+    with pytest.raises(RuntimeError, match=message):
+        trained(tmp_path, config, state_dict_type="FULL_STATE_DICT")
 
 
 needs_deepspeed = pytest.mark.skipif(

@@ -1,7 +1,6 @@
 """The recipes as a user runs them, on tiny models: the real script, real files, real processes."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import stdlib_text
 import torch
 import yaml
 from conftest import tiny_bert, tiny_llama
+from processes import run_in_processes, succeed
 from safetensors.torch import load_file
 from tasks import causal_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -85,14 +85,12 @@ def test_the_same_command_again_changes_nothing_and_another_one_is_refused(comma
 
 
 def test_ctrl_c_leaves_a_run_that_the_same_command_finishes_with_the_same_bits(command, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     long = [*command, "--max_steps", "120"]
     whole = [*long, "--output_dir", str(tmp_path / "whole")]
-    subprocess.run([sys.executable, RECIPES / "finetune.py", *whole], env=environment, check=True, capture_output=True)
+    assert finetune.main(whole) == 0
 
     process = subprocess.Popen(
         [sys.executable, RECIPES / "finetune.py", *long],
-        env=environment,
         stderr=subprocess.PIPE,
         text=True,
         # What a shell starts in the background ignores Ctrl-C, and so would its children.
@@ -106,7 +104,7 @@ def test_ctrl_c_leaves_a_run_that_the_same_command_finishes_with_the_same_bits(c
     assert process.returncode == 130 and "Interrupted. The same command resumes from" in errors
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
-    subprocess.run([sys.executable, RECIPES / "finetune.py", *long], env=environment, check=True, capture_output=True)
+    assert finetune.main(long) == 0
     expected = load_file(tmp_path / "whole" / "model.safetensors")
     result = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(expected[name], result[name]) for name in expected)
@@ -326,15 +324,14 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary_and_bad_windows_are_ref
 
 
 def test_two_processes_train_the_model_that_one_trains_on_the_same_batches(command, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    flags = ["--per_device_train_batch_size", "4", "--output_dir"]
-    one = [*launch, RECIPES / "accelerate" / "cpu.yaml", RECIPES / "finetune.py", *command, *flags, tmp_path / "one"]
-    two = [*launch, RECIPES / "accelerate" / "ddp.yaml", RECIPES / "finetune.py", *command, *flags, tmp_path / "two"]
-    two[two.index("--per_device_train_batch_size", two.index("--max_steps")) + 1] = "2"
-    for run in (one, two):
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(run, capture_output=True, text=True, timeout=200, env=env)
-        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (
+        [*command, "--per_device_train_batch_size", size, "--output_dir", str(tmp_path / name)]
+        for name, size in (("one", "4"), ("two", "2"))
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate" / "cpu.yaml"]
+    done = subprocess.run([*launch, RECIPES / "finetune.py", *one], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_processes(succeed, 2, finetune.main, two)
     facts = [json.loads((tmp_path / name / "sparsity.json").read_text()) for name in ("one", "two")]
     assert facts[0]["sparsity"] == facts[1]["sparsity"] == 0.5
     assert facts[0]["training"]["batch_size"] == facts[1]["training"]["batch_size"] == 4

@@ -3,19 +3,20 @@
 import json
 import math
 import os
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import finetune
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import TARGET, same_bits, tiny_llama, trainer_for, weights
+from processes import limit_files, run_in_processes, succeed_with_small_files
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lpdecay import LpDecayConfig, LpDecayMixin, LpDecayTrainer, measure_sparsity
-from hf_lpdecay.training import last_whole_checkpoint
+from hf_lpdecay.training import FullDiskError, last_whole_checkpoint
 
 
 class Fault:
@@ -134,6 +135,45 @@ def test_a_checkpoint_that_cannot_be_finished_never_appears(tmp_path, monkeypatc
     assert files[0] == files[1]
 
 
+class FillDisk(TrainerCallback):
+    """From a step on, no file can be longer than so many bytes."""
+
+    def __init__(self, step, limit):
+        self.step, self.limit = step, limit
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            limit_files(self.limit)
+
+
+def train_until_the_disk_is_full(folder, limit):
+    options = {"save_strategy": "steps", "save_steps": 6, "callbacks": [FillDisk(14, limit)]}
+    with pytest.raises(FullDiskError) as raised:
+        trainer_for(folder, TARGET, **options).train()
+    print("RAISED", raised.value, "FROM", type(raised.value.__cause__).__name__)
+
+
+@pytest.mark.parametrize("limit, library", [(20_000, "SafetensorError"), (100_000, "RuntimeError")])
+def test_a_full_disk_is_named_with_the_checkpoint_to_resume_from(tmp_path, limit, library):
+    sizes = [weight.numel() * 4 for weight in weights(tiny_llama()).values()]
+    assert 20_000 < sum(sizes) < 100_000 < 2 * sum(sizes)  # the model, and the optimizer's state
+    (printed,) = run_in_processes(train_until_the_disk_is_full, 1, tmp_path, limit)
+    said = printed.partition("RAISED")[2]
+    assert f"not enough space to write {tmp_path}/_unfinished/checkpoint-18 (" in said and " MB are free" in said
+    assert f"the run can be resumed from {tmp_path}/checkpoint-12. FROM {library}" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6", "checkpoint-12"}
+
+
+def test_a_recipe_whose_last_save_finds_the_disk_full_keeps_its_checkpoint(command, tmp_path):
+    assert finetune.main(command) == 0
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError) as raised:
+        run_in_processes(succeed_with_small_files, 1, finetune.main, command, 20_000)
+    message = f"There is not enough space to write {out} \\(.* the run can be resumed from {out}/checkpoint-30\\."
+    assert re.search(message, str(raised.value)) and "finetune ended with code 1" in str(raised.value)
+    assert not (out / "model.safetensors").exists()
+
+
 def test_rotation_and_the_best_model_are_those_of_trainer(tmp_path):
     options = {
         "save_strategy": "steps",
@@ -171,38 +211,24 @@ def test_a_checkpoint_of_an_earlier_run_is_replaced_as_a_whole(tmp_path):
     assert not stale.exists() and {path.name for path in tmp_path.iterdir()} == {"checkpoint-15", "checkpoint-30"}
 
 
-PROCESSES = """
-import json, math, os, sys, torch
-from pathlib import Path
-from conftest import trainer_for, weights
-from hf_lpdecay import LpDecayConfig
-from test_reliability import faulty
-
-torch.set_num_threads(1)
-rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
-options = {"save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 2}
-said = []
-for trainer in (
-    trainer_for(folder, LpDecayConfig(p=0.5 + rank / 10, lp_lambda=0.1), **options),
-    faulty(folder, [8] if rank == 1 else [], math.nan, **options),
-):
-    try:
-        trainer.train()
-    except (ValueError, FloatingPointError) as error:
-        said.append(f"{type(error).__name__}: {error}")
-total = sum(float(w.double().sum()) for w in weights(trainer.model).values())
-(folder / f"{rank}.json").write_text(json.dumps({"said": said, "step": trainer.state.global_step, "total": total}))
-"""
+def train_with_faults_of_one_rank(folder):
+    rank = int(os.environ["RANK"])
+    options = {"save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 2}
+    said = []
+    for trainer in (
+        trainer_for(folder, LpDecayConfig(p=0.5 + rank / 10, lp_lambda=0.1), **options),
+        faulty(folder, [8] if rank == 1 else [], math.nan, **options),
+    ):
+        try:
+            trainer.train()
+        except (ValueError, FloatingPointError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    total = sum(float(w.double().sum()) for w in weights(trainer.model).values())
+    (folder / f"{rank}.json").write_text(json.dumps({"said": said, "step": trainer.state.global_step, "total": total}))
 
 
 def test_two_processes_agree_on_what_is_wrong_and_write_checkpoints_together(tmp_path):
-    script = tmp_path / "processes.py"
-    script.write_text(PROCESSES)
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), str(tests.parent), str(tests.parent / "recipes"), *sys.path])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    subprocess.run([*launch, script, tmp_path], check=True, capture_output=True, timeout=240, env=env)
+    run_in_processes(train_with_faults_of_one_rank, 2, tmp_path)
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert results[0] == results[1] and results[0]["step"] == 7
     different, not_finite = results[0]["said"]

@@ -1,16 +1,17 @@
 """The decay in a loop without a Trainer."""
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import finetune_no_trainer
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import TARGET, same_bits, tiny_llama, token_rows, trainer_for, weights
+from processes import run_in_processes, succeed
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import default_data_collator, get_scheduler, set_seed
@@ -145,7 +146,7 @@ def test_a_loop_that_ends_early_says_so(caplog):
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, language_model, texts):
-    """The recipe, by `accelerate launch` in two processes, and resumed from its first checkpoint."""
+    """The recipe, in two processes by `accelerate launch`, and resumed from its first checkpoint."""
     folder = tmp_path_factory.mktemp("no_trainer")
     # Accelerate restores the random numbers before a dataloader that starts anew draws one: no dropout.
     shutil.copytree(language_model, model := folder / "model")
@@ -159,14 +160,14 @@ def launched(tmp_path_factory, language_model, texts):
         "checkpointing_steps": 12,
     }  # fmt: skip
     given = [str(part) for option, value in options.items() for part in (f"--{option}", value)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    outputs = ["--output_dir", str(folder / "whole")], ["--output_dir", str(folder / "resumed")]
     how = ["--config_file", str(RECIPES / "accelerate" / "ddp.yaml"), str(RECIPES / "finetune_no_trainer.py")]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *how, *given]
-    for name, more in (("whole", []), ("resumed", ["--resume_from_checkpoint", str(folder / "whole" / "step_12")])):
-        command_here = [*command, "--output_dir", str(folder / name), *more]
-        done = subprocess.run(command_here, capture_output=True, text=True, env=env, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "50.00%" in done.stdout and "perplexity after" in done.stdout
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how, *given, *outputs[0]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    resumed = [*given, *outputs[1], "--resume_from_checkpoint", str(folder / "whole" / "step_12")]
+    for printed in (done.stdout, run_in_processes(succeed, 2, finetune_no_trainer.main, resumed)[0]):
+        assert "50.00%" in printed and "perplexity after" in printed
     return folder, model
 
 

@@ -1,14 +1,9 @@
-"""One of several processes that train a tiny Llama on the CPU; see test_processes.py.
-
-torchrun --standalone --nproc_per_node 2 tests/worker.py '{"output_dir": "out", ...}'
-"""
+"""What one of several processes does that train a tiny model on the CPU: see processes.py and test_processes.py."""
 
 import json
 import os
 import signal
-import sys
 
-import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from conftest import tiny_llama, tiny_mixtral, trainer_for
@@ -20,8 +15,8 @@ from hf_lpdecay import LpDecayConfig, LpDecayTrainer
 class CpuFsdp2Trainer(LpDecayTrainer):
     """Accelerate makes DDP of FSDP on a CPU, without a word; this insists."""
 
-    state_dict_type: str | None = None
-    block: str = "LlamaDecoderLayer"
+    state_dict_type: str
+    block: str
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -49,14 +44,20 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def trainer_class(state_dict_type: str | None, block: str) -> type[LpDecayTrainer]:
+    """The trainer of shards, if it is said how they are saved."""
+    CpuFsdp2Trainer.state_dict_type, CpuFsdp2Trainer.block = state_dict_type, block
+    return CpuFsdp2Trainer if state_dict_type else LpDecayTrainer
+
+
 def train_experts(folder: str, configs: dict[str, dict], state_dict_type: str | None) -> None:
     """Train a tiny Mixtral with each config, and save it."""
-    CpuFsdp2Trainer.state_dict_type, CpuFsdp2Trainer.block = state_dict_type, "MixtralDecoderLayer"
+    cls = trainer_class(state_dict_type, "MixtralDecoderLayer")
     for name, config in configs.items():
         trainer = trainer_for(
             os.path.join(folder, name),
             LpDecayConfig(**config),
-            trainer_cls=CpuFsdp2Trainer if state_dict_type else LpDecayTrainer,
+            trainer_cls=cls,
             model=tiny_mixtral(),
             per_device_train_batch_size=2,
         )
@@ -64,25 +65,32 @@ def train_experts(folder: str, configs: dict[str, dict], state_dict_type: str | 
         trainer.save_model()
 
 
-def main(options: dict) -> None:
-    torch.set_num_threads(1)
-    if "experts" in options:
-        train_experts(options["output_dir"], options["experts"], options.get("state_dict_type"))
-        finish()
+def train(
+    folder: str,
+    config: dict,
+    resume: bool | str | None = None,
+    kill_at: int | None = None,
+    state_dict_type: str | None = None,
+    model: dict | None = None,
+    **options,
+) -> None:
+    """Train a tiny Llama, save it, and write what was logged to result.json."""
     if "deepspeed" in options:
         import deepspeed
 
         # It would be compiled at its first use, for a minute, and spares gloo within one machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    config = LpDecayConfig(**options.pop("lp_config"))
-    CpuFsdp2Trainer.state_dict_type = options.pop("state_dict_type", None)
-    trainer_cls = CpuFsdp2Trainer if CpuFsdp2Trainer.state_dict_type else LpDecayTrainer
-    folder, resume = options.pop("output_dir"), options.pop("resume", None)
-    callbacks = [Kill(options.pop("kill_at"))] if "kill_at" in options else None
-    model = tiny_llama(tie_word_embeddings=False, attention_dropout=0.0, **options.pop("model", {}))
-    trainer = trainer_for(folder, config, trainer_cls=trainer_cls, model=model, callbacks=callbacks, **options)
+    trainer = trainer_for(
+        folder,
+        LpDecayConfig(**config),
+        trainer_cls=trainer_class(state_dict_type, "LlamaDecoderLayer"),
+        model=tiny_llama(tie_word_embeddings=False, attention_dropout=0.0, **(model or {})),
+        callbacks=None if kill_at is None else [Kill(kill_at)],
+        per_device_train_batch_size=2,
+        **options,
+    )
     computed_in = set()
-    projection = model.model.layers[0].self_attn.q_proj
+    projection = trainer.model.model.layers[0].self_attn.q_proj
     projection.register_forward_pre_hook(lambda module, args: computed_in.add(str(module.weight.dtype)))
     trainer.train(resume_from_checkpoint=resume)
     sharded = type(next(trainer.model.parameters())).__name__
@@ -91,16 +99,3 @@ def main(options: dict) -> None:
         logs = [log for log in trainer.state.log_history if "loss" in log]
         with open(os.path.join(folder, "result.json"), "w") as file:
             json.dump({"parameters": sharded, "computed_in": sorted(computed_in), "logs": logs}, file)
-    finish()
-
-
-def finish() -> None:
-    """End all processes at once."""
-    torch.distributed.barrier()
-    # On a busy machine gloo's threads now and then outlive what they belong to, and abort a process that is done.
-    sys.stderr.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

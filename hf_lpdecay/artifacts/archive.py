@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..files import written_aside
 from ..sparsity.checkpoint import weight_files
 from .codec import PIECE, Piece, decode, encode, zstandard
 from .stored import ShardReader, ShardWriter, StoredTensor, parse_header, read_header
@@ -321,8 +321,6 @@ def written_whole(out: str | os.PathLike) -> Iterator[Path]:
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ValueError(f"{out} exists and is not an empty folder: name another one")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
-        folder = Path(aside, "whole")  # one with ordinary permissions
+    with written_aside(out) as folder:
         folder.mkdir()
         yield folder
-        os.replace(folder, out)

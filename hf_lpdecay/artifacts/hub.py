@@ -18,8 +18,9 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from transformers.utils import CONFIG_NAME, logging
 
 from ..card import CARD_FILE, is_hand_written, make_card, read_record, write_card
+from ..files import write_text
 from ..sparsity.checkpoint import measure_checkpoint, stored_tensors, weight_files
-from ..sparsity.report import RECORD_FILE, write_text
+from ..sparsity.report import RECORD_FILE
 from .archive import PICKLE_SUFFIXES, pack
 
 

@@ -11,8 +11,9 @@ from huggingface_hub.utils import httpx
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
+from ..files import write_text
 from ..sparsity import SparsityReport
-from ..sparsity.report import PICTURE_FILE, RECORD_FILE, TensorSparsity, write_text
+from ..sparsity.report import PICTURE_FILE, RECORD_FILE, TensorSparsity
 from . import sections
 from .markdown import plain
 

@@ -4,6 +4,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..files import written_aside
+
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,10 +35,9 @@ def plot_run(
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike, dpi: int = 110) -> None:
-    """Write a figure into a PNG file whole or not at all: to a temporary name first, then renamed."""
-    temporary = f"{os.fspath(path)}.tmp"
-    figure.savefig(temporary, format="png", dpi=dpi)
-    os.replace(temporary, path)
+    """Write a figure into a PNG file whole or not at all."""
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=dpi)
 
 
 def _draw_tensors(figure, axes, selected: list[Any]) -> None:

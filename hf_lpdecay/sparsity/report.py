@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..files import write_text
+
 
 if TYPE_CHECKING:
     from .selection import Modules
@@ -217,14 +219,6 @@ def count_nonzero(tensor: Tensor) -> Tensor:
     bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.dtype]).numpy()
     counts = (np.count_nonzero(bits[i : i + _PIECE] << 1) for i in range(0, bits.size, _PIECE))
     return torch.tensor(sum(counts), dtype=torch.int64)
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file whole or not at all: to a temporary name first, then renamed."""
-    temporary = f"{os.fspath(path)}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
 
 
 def _fraction(tensors: list[TensorSparsity]) -> float:

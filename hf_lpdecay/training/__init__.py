@@ -2,13 +2,14 @@
 
 from .adapters import MergeCost, load_masked_lora, mask_lora, merge_cost, merge_sparse
 from .callbacks import SparsityCallback
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import FullDiskError, last_whole_checkpoint, naming_a_full_disk
 from .record import write_record
 from .sparsifier import Sparsifier
 from .trainer import LpDecayMixin, LpDecaySeq2SeqTrainer, LpDecayTrainer
 
 
 __all__ = [
+    "FullDiskError",
     "LpDecayMixin",
     "LpDecaySeq2SeqTrainer",
     "LpDecayTrainer",
@@ -20,5 +21,6 @@ __all__ = [
     "mask_lora",
     "merge_cost",
     "merge_sparse",
+    "naming_a_full_disk",
     "write_record",
 ]
