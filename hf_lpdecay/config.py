@@ -54,8 +54,8 @@ class LpDecayConfig:
         importance (`str`, *optional*): The score by which weights are pruned. `"magnitude"` is ``|w|``; `"adam"` is
             ``|w|`` times the root of AdamW's second moment, factored over rows and columns; `"activation"` is ``|w|``
             times the root mean square of its input feature in the batches before the ramp (as in Wanda). Defaults to
-            `"adam"` with a target, to `"activation"` with n:m, and to `"magnitude"` (the paper's, and the only choice)
-            without a target.
+            `"adam"` with a target, to `"activation"` with n:m and for the frozen base of a PEFT model, and to
+            `"magnitude"` (the paper's, and the only choice) without a target.
         trim (`bool`, *optional*): Decay only the weights that the schedule prunes by the next plan, so that the
             remaining weights do not shrink. Defaults to `True` with a target; impossible without.
         hard_cut (`bool`, *optional*, defaults to `False`): Set the weights of each plan to zero at once instead of
@@ -148,6 +148,7 @@ class LpDecayConfig:
     distill_hidden: float = field(default=0.0, metadata={"help": "Weight of the hidden states in it (SquareHead)."})
 
     def __post_init__(self):
+        self.importance_is_default = False  # no field: a copy of this config has been given what is resolved here
         for name in ("p", "p_start"):
             value = getattr(self, name)
             if not is_number(value) and not (value is None and name == "p_start"):
@@ -270,6 +271,7 @@ class LpDecayConfig:
             return
         # A mask of n:m is better made early, from as many tokens as one-shot methods see.
         semi_structured = isinstance(parse_pattern(self.pattern), SemiStructured)
+        self.importance_is_default = self.importance is None
         defaults = {
             "scope": "layer" if semi_structured or self.pattern in ("neurons", "heads") else "global",
             "importance": "activation" if semi_structured else "adam",

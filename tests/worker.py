@@ -11,7 +11,7 @@ import sys
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from conftest import tiny_llama, tiny_mixtral, trainer_for
+from conftest import frozen_llama, tiny_llama, tiny_mixtral, trainer_for
 from transformers import TrainerCallback
 
 from hf_lpdecay import LpDecayConfig, LpDecayTrainer
@@ -64,8 +64,21 @@ def train_experts(folder: str, configs: dict[str, dict], state_dict_type: str | 
         trainer.save_model()
 
 
+def train_frozen_base(folder: str, config: dict, dtype: str, resume: str | None, options: dict) -> None:
+    """Make the frozen base of a tiny Llama sparse, and save what each process has in the end."""
+    model = frozen_llama(getattr(torch, dtype))
+    trainer = trainer_for(folder, LpDecayConfig(**config), model=model, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    torch.save(trainer.model.state_dict(), os.path.join(folder, f"rank-{trainer.args.process_index}.pt"))
+
+
 def main(options: dict) -> None:
     torch.set_num_threads(1)
+    if "frozen_base" in options:
+        dtype, config, folder = (options.pop(name) for name in ("frozen_base", "lp_config", "output_dir"))
+        train_frozen_base(folder, config, dtype, options.pop("resume", None), options)
+        finish()
     if "experts" in options:
         train_experts(options["output_dir"], options["experts"], options.get("state_dict_type"))
         finish()

@@ -122,14 +122,15 @@ class Compensation:
                 process's part of the weight.
             already_pruned (`torch.Tensor`): Which of them an earlier update has compensated for, likewise.
             gradually (`bool`, *optional*, defaults to `False`): Only store the update, for [`advance`] to apply.
-                Weights of less than float32, in which a share of it would be rounded away, are updated at once.
+                Weights of less than float32, in which a share of it would be rounded away, are updated at once, and so
+                are frozen ones, of which nothing of their size is kept.
         """
         state = self._optimizer.state[param]
         state.pop("lp_move", None)
         if "lp_gram" not in state:  # no samples yet, as in a ramp that begins with the training
             return
         weight, move = local(param), local(param)
-        if gradually and param.dtype == torch.float32:
+        if gradually and param.dtype == torch.float32 and param.requires_grad:
             state["lp_move"] = torch.zeros_like(param)
             move = local(state["lp_move"])
         pruned = pruned.expand(weight.shape) | (weight == 0)
