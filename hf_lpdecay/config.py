@@ -68,6 +68,8 @@ class LpDecayConfig:
             ``4 * d * min(d, 2048)`` bytes for each input of ``d`` features. Defaults to `True` with a target, except
             under DeepSpeed, where it is impossible, and `torch.compile`, where it has the model compiled several times;
             impossible without a target.
+        hessians_on_cpu (`bool`, *optional*, defaults to `False`): Hold the Hessians of `compensate` in CPU memory. In
+            each of the 5 steps before a plan a GPU then sends as much as they are large.
         calibration_batches (`int`, *optional*): Calibration batches, passed through the model before
             the first step: their gradients serve the `"adam"` importance, their features the `"activation"` importance
             and `compensate`. The ramp can then begin with the training. Otherwise it begins after the learning rate's
@@ -134,6 +136,7 @@ class LpDecayConfig:
         default=None,
         metadata={"help": "Update the remaining weights at each plan. Defaults to True with a target."},
     )
+    hessians_on_cpu: bool = field(default=False, metadata={"help": "Hold the Hessians of compensate in CPU memory."})
     calibration_batches: int | None = field(
         default=None, metadata={"help": "Calibration batches for importance and compensation, before the first step."}
     )
@@ -259,6 +262,7 @@ class LpDecayConfig:
                 "trim": self.trim,
                 "hard_cut": self.hard_cut,
                 "compensate": self.compensate,
+                "hessians_on_cpu": self.hessians_on_cpu,
                 "calibration_batches": self.calibration_batches,
             }
             for name, value in planned.items():
@@ -289,6 +293,8 @@ class LpDecayConfig:
                 " importance='activation' and compensate: leave it out with importance='magnitude' and"
                 " compensate=False."
             )
+        if self.hessians_on_cpu and self.compensate is False:
+            raise ValueError("hessians_on_cpu=True needs compensate, which alone has Hessians: leave one of them out.")
         if self.lp_lambda_schedule != "constant":
             raise ValueError(
                 f"lp_lambda_schedule={self.lp_lambda_schedule!r} needs lp_lambda: with a target_sparsity the strength"

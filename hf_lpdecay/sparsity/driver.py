@@ -80,7 +80,7 @@ class SparsityDriver:
         units, dims = selected_units(model, config, params), input_dims(model)
         if self._compensates and step < self.ramp.end:
             inputs = {param: dims.get(name, 1) for name, param in params.items()}
-            self._compensation = Compensation(model, inputs, optimizer)
+            self._compensation = Compensation(model, inputs, optimizer, config.hessians_on_cpu)
         self._controller = make_controller(config, params, optimizer, self.ramp, dims, units, self._compensation)
         calibrates = config.calibration_batches > 0 and step == 0
         if config.importance == "activation" and (calibrates or step < self.ramp.start):
