@@ -54,8 +54,8 @@ class LpDecayConfig:
         importance (`str`, *optional*): The score by which weights are pruned. `"magnitude"` is ``|w|``; `"adam"` is
             ``|w|`` times the root of AdamW's second moment, factored over rows and columns; `"activation"` is ``|w|``
             times the root mean square of its input feature in the batches before the ramp (as in Wanda). Defaults to
-            `"adam"` with a target, to `"activation"` with n:m, and to `"magnitude"` (the paper's, and the only choice)
-            without a target.
+            `"adam"` with a target, to `"activation"` with n:m and for the frozen base of a PEFT model, and to
+            `"magnitude"` (the paper's, and the only choice) without a target.
         trim (`bool`, *optional*): Decay only the weights that the schedule prunes by the next plan, so that the
             remaining weights do not shrink. Defaults to `True` with a target; impossible without.
         hard_cut (`bool`, *optional*, defaults to `False`): Set the weights of each plan to zero at once instead of
@@ -68,6 +68,8 @@ class LpDecayConfig:
             ``4 * d * min(d, 2048)`` bytes for each input of ``d`` features. Defaults to `True` with a target, except
             under DeepSpeed, where it is impossible, and `torch.compile`, where it has the model compiled several times;
             impossible without a target.
+        hessians_on_cpu (`bool`, *optional*, defaults to `False`): Hold the Hessians of `compensate` in CPU memory. In
+            each of the 5 steps before a plan a GPU then sends as much as they are large.
         calibration_batches (`int`, *optional*): Calibration batches, passed through the model before
             the first step: their gradients serve the `"adam"` importance, their features the `"activation"` importance
             and `compensate`. The ramp can then begin with the training. Otherwise it begins after the learning rate's
@@ -135,6 +137,7 @@ class LpDecayConfig:
         default=None,
         metadata={"help": "Update the remaining weights at each plan. Defaults to True with a target."},
     )
+    hessians_on_cpu: bool = field(default=False, metadata={"help": "Hold the Hessians of compensate in CPU memory."})
     calibration_batches: int | None = field(
         default=None, metadata={"help": "Calibration batches for importance and compensation, before the first step."}
     )
@@ -149,6 +152,7 @@ class LpDecayConfig:
     distill_hidden: float = field(default=0.0, metadata={"help": "Weight of the hidden states in it (SquareHead)."})
 
     def __post_init__(self):
+        self.importance_is_default = False  # no field: a copy of this config has been given what is resolved here
         for name in ("p", "p_start"):
             value = getattr(self, name)
             if not is_number(value) and not (value is None and name == "p_start"):
@@ -259,6 +263,7 @@ class LpDecayConfig:
                 "trim": self.trim,
                 "hard_cut": self.hard_cut,
                 "compensate": self.compensate,
+                "hessians_on_cpu": self.hessians_on_cpu,
                 "calibration_batches": self.calibration_batches,
             }
             for name, value in planned.items():
@@ -271,6 +276,7 @@ class LpDecayConfig:
             return
         # A mask of n:m is better made early, from as many tokens as one-shot methods see.
         semi_structured = isinstance(parse_pattern(self.pattern), SemiStructured)
+        self.importance_is_default = self.importance is None
         defaults = {
             "scope": "layer" if semi_structured or self.pattern in ("neurons", "heads") else "global",
             "importance": "activation" if semi_structured else "adam",
@@ -288,6 +294,8 @@ class LpDecayConfig:
                 " importance='activation' and compensate: leave it out with importance='magnitude' and"
                 " compensate=False."
             )
+        if self.hessians_on_cpu and self.compensate is False:
+            raise ValueError("hessians_on_cpu=True needs compensate, which alone has Hessians: leave one of them out.")
         if self.lp_lambda_schedule != "constant":
             raise ValueError(
                 f"lp_lambda_schedule={self.lp_lambda_schedule!r} needs lp_lambda: with a target_sparsity the strength"

@@ -13,6 +13,7 @@ import pytest
 import stdlib_text
 import torch
 from hypothesis import settings
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
@@ -70,6 +71,14 @@ def tiny_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
         "eos_token_id": 2,
     }
     return LlamaForCausalLM(LlamaConfig(**{**options, **overrides}))
+
+
+def frozen_llama(dtype: torch.dtype = torch.float32, make=tiny_llama, **options) -> PeftModel:
+    """A model with a frozen base and LoRA on all of its linear layers."""
+    # Weights of ten times the usual size, with which a tiny model's blocks matter.
+    model = make(initializer_range=0.2)
+    given = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    return get_peft_model(model.to(dtype), LoraConfig(**given))
 
 
 def tiny_gpt2(**overrides) -> GPT2LMHeadModel:

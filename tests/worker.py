@@ -4,9 +4,10 @@ import json
 import os
 import signal
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from conftest import tiny_llama, tiny_mixtral, trainer_for
+from conftest import frozen_llama, tiny_llama, tiny_mixtral, trainer_for
 from transformers import TrainerCallback
 
 from hf_lpdecay import LpDecayConfig, LpDecayTrainer
@@ -63,6 +64,15 @@ def train_experts(folder: str, configs: dict[str, dict], state_dict_type: str | 
         )
         trainer.train()
         trainer.save_model()
+
+
+def train_frozen_base(folder: str, config: dict, dtype: str, resume: str | None = None, **options) -> None:
+    """Make the frozen base of a tiny Llama sparse, and save what each process has in the end."""
+    model = frozen_llama(getattr(torch, dtype))
+    trainer = trainer_for(folder, LpDecayConfig(**config), model=model, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    torch.save(trainer.model.state_dict(), os.path.join(folder, f"rank-{trainer.args.process_index}.pt"))
 
 
 def train(

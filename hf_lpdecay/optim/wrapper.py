@@ -7,17 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adamw import KERNELS, check_number, check_p
-from .functional import acts, lp_decay_, random_bits, stochastic_round
-from .pieces import factors_of, local, matrices_of, pieces_of
+from .adamw import check_number, check_p
+from .decay import LOW_PRECISION, Batches, decay_stepped_, options_of
+from .functional import acts
+from .pieces import local
 
 
 # Weights that are kept at a time, 16 MB in float32. (More would come fresh from the operating system in each step.)
 KEPT = 1 << 22
-
-# What the kernel would need for an AdamW step.
-_NO_ADAMW = {"betas": (0.0, 0.0), "eps": 1.0, "weight_decay": 0.0}
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class LpDecay(torch.optim.Optimizer):
@@ -206,77 +203,23 @@ class LpDecay(torch.optim.Optimizer):
         plan, lr = plans.get(param, {}), group["lr"]
         # Asking for the value of a tensor on another device would wait for it.
         lr = lr if torch.is_tensor(lr) and lr.device.type != "cpu" else float(lr)
-        options = {
-            "lr": lr,
-            "lp_lambda": plan.get("lp_lambda", group["lp_lambda"]),
-            "p": group["p"],
-            "freeze_zeros": group["freeze_zeros"] or plan.get("lp_freeze_zeros", False),
-            "post_step": group["post_step"],
-            "threshold": plan.get("lp_threshold"),
-            **_NO_ADAMW,
-        }
+        options = options_of(group, plan, lr)
         decays = acts(lr, options["lp_lambda"])
         needed = options["freeze_zeros"] or (decays and not group["post_step"])
         before = local(param).clone() if needed else None
         return {"param": param, "group": group, "plan": plan, "options": options, "decays": decays, "before": before}
 
     def _decay(self, kept: list[dict[str, Any]]) -> None:
-        batches = {device: kernel.Batch() for device, kernel in KERNELS.items()}
+        batches = Batches()
         for this in kept:
-            if this["param"].grad is not None and (this["decays"] or this["options"]["freeze_zeros"]):
-                self._decay_one(batches, **this)
-        for batch in batches.values():
-            batch.run()
-
-    def _decay_one(
-        self,
-        batches: dict[str, Any],
-        param: Tensor,
-        group: dict[str, Any],
-        plan: dict[str, Any],
-        options: dict[str, Any],
-        decays: bool,
-        before: Tensor | None,
-    ) -> None:
-        weight, low_precision = local(param), param.dtype in _LOW_PRECISION
-        before = weight if before is None else before
-        factors, by_unit = factors_of(plan, weight) if decays else (None, False)
-        pattern = group.get("pattern") if decays else None
-        seed = int(torch.randint(1 << 32, (), device="cpu")) if low_precision else None
-        tensors = (weight, before, weight, weight)
-        contiguous = weight.is_contiguous() and before.is_contiguous()
-        kernel = KERNELS.get(weight.device.type) if contiguous and pattern is None and not by_unit else None
-        parts = [] if kernel is None or before.dtype != weight.dtype else matrices_of(tensors, factors)
-        if parts and all(kernel.covers(part, its_factors, group["p"]) for part, its_factors, _ in parts):
-            case = kernel.case_for(*parts[0][:2], options, alone=True)
-            if kernel.available(case):
-                for part, its_factors, offset in parts:
-                    its_seed = None if seed is None else (seed + offset) % (1 << 32)
-                    batches[weight.device.type].add(case, part, None, options, its_seed, its_factors)
-                return
-        for pieces, (row, col), offset in pieces_of((weight, before), factors, plan.get("lp_rows", 1), pattern):
-            piece = pieces[0].float() if low_precision else pieces[0]
-            frozen = pieces[1] == 0 if options["freeze_zeros"] else None
-            if decays:
-                size = (piece if group["post_step"] else pieces[1].to(piece.dtype)).abs()
-                lp_decay_(
-                    piece,
-                    size,
-                    lr=options["lr"],
-                    lp_lambda=options["lp_lambda"],
-                    p=options["p"],
-                    threshold=options["threshold"],
-                    row=row,
-                    col=col,
-                    by_unit=by_unit,
-                    pattern=pattern,
-                    dim=plan.get("lp_dim", 1),
-                )
-            if frozen is not None:
-                piece.masked_fill_(frozen, 0.0)
-            if low_precision:
-                bits = random_bits(piece.numel(), seed, offset, piece.device)
-                pieces[0].copy_(stochastic_round(piece, param.dtype, bits))
+            param, options, before = this["param"], this["options"], this["before"]
+            if param.grad is None or not (this["decays"] or options["freeze_zeros"]):
+                continue
+            weight = local(param)
+            before = weight if before is None else before
+            seed = int(torch.randint(1 << 32, (), device="cpu")) if param.dtype in LOW_PRECISION else None
+            decay_stepped_(weight, before, this["plan"], options, this["group"].get("pattern"), seed, batches)
+        batches.run()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -78,6 +79,8 @@ def hook_inputs(
         `list[RemovableHandle]`: The hooks.
     """
     selected = {id(param) for param in params}
+    # Of a layer that PEFT adapts, PEFT's own layer is hooked: it has the same input, and not always calls the other.
+    inside = {id(module.base_layer) for module in model.modules() if isinstance(module, BaseTunerLayer)}
 
     def hook_of(weight: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         # The weight in the optimizer: in the forward pass FSDP2 puts another one into the module.
@@ -91,5 +94,7 @@ def hook_inputs(
         module.register_forward_pre_hook(hook_of(module.weight))
         for module in model.modules()
         # An embedding that is tied to the head has no input features.
-        if id(getattr(module, "weight", None)) in selected and not isinstance(module, nn.Embedding)
+        if id(getattr(module, "weight", None)) in selected
+        and id(module) not in inside
+        and not isinstance(module, nn.Embedding)
     ]

@@ -33,14 +33,24 @@ class Compensation:
         model (`nn.Module`): Holds the layers.
         dims (`dict[torch.Tensor, int]`): The selected weights, and the dimension of the input features of each.
         optimizer (`torch.optim.Optimizer`): Steps them.
+        on_cpu (`bool`, *optional*, defaults to `False`): Hold the Hessians in CPU memory. Each batch's product is moved
+            there, and at a plan one layer's sum after the other is moved to the weights.
     """
 
-    def __init__(self, model: nn.Module, dims: dict[Tensor, int], optimizer: torch.optim.Optimizer):
+    def __init__(
+        self, model: nn.Module, dims: dict[Tensor, int], optimizer: torch.optim.Optimizer, on_cpu: bool = False
+    ):
         self.collecting = True
+        self._on_cpu = on_cpu
         # A process that holds parts of rows cannot solve for them: such weights get no update.
         self._dims = {param: dim for param, dim in dims.items() if has_whole_rows(param, dim)}
         self._optimizer = optimizer
         self._last: tuple[weakref.ref | None, Tensor | None] = (None, None)
+        if on_cpu:  # an optimizer loads its state to where the weights are
+            moved: dict[int, Tensor] = {}
+            for state in (optimizer.state[param] for param in self._dims if "lp_gram" in optimizer.state[param]):
+                gram = state["lp_gram"]
+                state["lp_gram"] = moved.setdefault(id(gram), gram.cpu())
         self._handles = hook_inputs(model, list(self._dims), self._collect)
         self._handles += hook_expert_inputs(model, list(self._dims), self._collect_expert)
 
@@ -54,7 +64,7 @@ class Compensation:
         # The same features were added for the last layer, unless this one has a Hessian of its own from a checkpoint.
         if not shared or state.get("lp_gram", gram) is not gram:
             size, tokens = block_size(features.shape[-1]), features.detach().flatten(0, -2)
-            product = _hessian(tokens, size)
+            product = self._held(_hessian(tokens, size))
             gram = state["lp_gram"].add_(product) if "lp_gram" in state else product
             self._last = weakref.ref(features), gram
         state["lp_gram"] = gram
@@ -66,15 +76,23 @@ class Compensation:
         state, size = self._optimizer.state[weight], block_size(features.shape[-1])
         if "lp_gram" not in state:
             shape = (weight.shape[0], features.shape[-1] // size, size, size)
-            state["lp_gram"] = features.new_zeros(shape, dtype=torch.float32)
-        state["lp_gram"][expert] += _hessian(features, size)
+            state["lp_gram"] = self._held(features.new_zeros(shape, dtype=torch.float32))
+        state["lp_gram"][expert] += self._held(_hessian(features, size))
+
+    def _held(self, product: Tensor) -> Tensor:
+        return product.cpu() if self._on_cpu else product
 
     def finish(self) -> None:
         """Remove the hooks and free the Hessians."""
         self.remove_hooks()
         for param in self._dims:
-            for name in ("lp_gram", "lp_move"):
-                self._optimizer.state[param].pop(name, None)
+            self.free(param)
+
+    def free(self, param: Tensor) -> None:
+        """Free a weight's Hessian, which goes with the last layer that shares it, and its pending update."""
+        self._last = (None, None)
+        for name in ("lp_gram", "lp_move"):
+            self._optimizer.state[param].pop(name, None)
 
     def remove_hooks(self) -> None:
         """Remove the hooks."""
@@ -102,8 +120,9 @@ class Compensation:
                 state[param].pop("lp_gram", None)
         for gram in grams.values():
             # The mean, since it is reduced again at the next plan together with later samples. Only ratios count.
-            torch.distributed.all_reduce(gram)
-            gram.div_(torch.distributed.get_world_size())
+            on_device = gram.to(device)  # where the processes meet
+            torch.distributed.all_reduce(on_device)
+            gram.copy_(on_device.div_(torch.distributed.get_world_size()))
 
     @torch.no_grad()
     def advance(self, param: Tensor, share: float) -> None:
@@ -122,14 +141,15 @@ class Compensation:
                 process's part of the weight.
             already_pruned (`torch.Tensor`): Which of them an earlier update has compensated for, likewise.
             gradually (`bool`, *optional*, defaults to `False`): Only store the update, for [`advance`] to apply.
-                Weights of less than float32, in which a share of it would be rounded away, are updated at once.
+                Weights of less than float32, in which a share of it would be rounded away, are updated at once, and so
+                are frozen ones, of which nothing of their size is kept.
         """
         state = self._optimizer.state[param]
         state.pop("lp_move", None)
         if "lp_gram" not in state:  # no samples yet, as in a ramp that begins with the training
             return
         weight, move = local(param), local(param)
-        if gradually and param.dtype == torch.float32:
+        if gradually and param.dtype == torch.float32 and param.requires_grad:
             state["lp_move"] = torch.zeros_like(param)
             move = local(state["lp_move"])
         pruned = pruned.expand(weight.shape) | (weight == 0)
@@ -138,12 +158,12 @@ class Compensation:
         if self._dims[param] == 0:
             tensors = tuple(tensor.transpose(-1, -2) for tensor in tensors)
         if param.dim() == 2:
-            _update(*tensors, gram)
+            _update(*tensors, gram.to(weight.device))
             return
         first = first_expert(param)
         for expert in range(len(weight)):
             if gram[first + expert].any():  # an expert that got no token has no Hessian
-                _update(*(tensor[expert] for tensor in tensors), gram[first + expert])
+                _update(*(tensor[expert] for tensor in tensors), gram[first + expert].to(weight.device))
 
 
 def _update(weight: Tensor, move: Tensor, pruned: Tensor, already_pruned: Tensor, gram: Tensor) -> None:

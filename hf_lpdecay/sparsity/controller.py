@@ -217,12 +217,13 @@ class SparsityController:
                 if self.config.trim and self.config.s_rate == 1:  # otherwise the decay lags behind
                     state["lp_threshold"] = trim_threshold(planned, edge)
 
-    def cut(self, sparsity: float) -> None:
+    def cut(self, sparsity: float, last: bool = False) -> None:
         """Set exactly the weights of the smallest scores to zero, and freeze all zeros.
 
         Args:
             sparsity (`float`): Fraction of zeros in each tensor, in all of them together with `scope="global"`, or of
                 the units of each feed-forward or attention.
+            last (`bool`, *optional*, defaults to `False`): Free the Hessian of each layer when it is done.
         """
         for pool in self._pools:
             count = self._count(pool, sparsity)
@@ -231,6 +232,8 @@ class SparsityController:
             for param, pruned, already_pruned in self._pruning_masks(pool, self._smallest(pool, count)):
                 if self._compensation is not None:
                     self._compensation.apply(param, pruned, already_pruned)
+                    if last:
+                        self._compensation.free(param)
                 local(param).masked_fill_(pruned, 0.0)
         self.freeze_zeros()
 
@@ -245,7 +248,7 @@ class SparsityController:
                 self.optimizer.state[param]["lp_freeze_zeros"] = True
 
     def _finish(self) -> None:
-        self.cut(self.ramp.target)
+        self.cut(self.ramp.target, last=True)
         if self._compensation is not None:
             self._compensation.finish()
         for group in self.optimizer.param_groups:

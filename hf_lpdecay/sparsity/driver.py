@@ -80,7 +80,7 @@ class SparsityDriver:
         units, dims = selected_units(model, config, params), input_dims(model)
         if self._compensates and step < self.ramp.end:
             inputs = {param: dims.get(name, 1) for name, param in params.items()}
-            self._compensation = Compensation(model, inputs, optimizer)
+            self._compensation = Compensation(model, inputs, optimizer, config.hessians_on_cpu)
         self._controller = make_controller(config, params, optimizer, self.ramp, dims, units, self._compensation)
         calibrates = config.calibration_batches > 0 and step == 0
         if config.importance == "activation" and (calibrates or step < self.ramp.start):
@@ -182,11 +182,12 @@ class SparsityDriver:
         return {"sparsity": self.sparsity(), "lp_lambda": lp_lambda, "lp_phase": PHASE_NUMBERS[phase]}
 
     def describe(self) -> str:
-        """One line for the start of a run: what becomes sparse, when and how, and which trained tensors do not."""
+        """One line for the start of a run: what becomes sparse, when and how, and which tensors like it do not."""
         config, numel = self.config, sum(param.numel() for param in self.params.values())
-        trained = [(name, param.numel()) for name, param in self._model.named_parameters() if param.requires_grad]
-        others = [name for name, _ in trained if name not in self.params]
-        total = sum(size for _, size in trained)
+        trained = any(param.requires_grad for param in self.params.values())
+        alike = {name: p.numel() for name, p in self._model.named_parameters() if p.requires_grad == trained}
+        others = [name for name in alike if name not in self.params]
+        total = sum(alike.values())
         if self.ramp is None:
             plan = f"lp_lambda={config.lp_lambda:g} throughout"
         else:
@@ -199,7 +200,7 @@ class SparsityDriver:
         examples = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         what = "hard cut" if config.hard_cut else f"p-norm decay (p={config.p:g})"
         return (
-            f"{what} on {len(self.params)} of {len(trained)} trained tensors, {numel:,} of"
+            f"{what} on {len(self.params)} of {len(alike)} {'trained' if trained else 'frozen'} tensors, {numel:,} of"
             f" {total:,} weights ({numel / total:.1%}), {plan}; not on {len(others)} others"
             + (f" ({examples})." if others else ".")
             + self._describe_left_out()

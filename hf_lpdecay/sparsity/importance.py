@@ -63,7 +63,8 @@ def importance_from_activations(dims: dict[Tensor, int], state: dict, together: 
             # Every output feature has the same share.
             outputs = square.mean(-1, keepdim=True).expand(*square.shape[:-1], param.shape[-2:][1 - dims[param]])
             rows, columns = (outputs, square) if dims[param] == 1 else (square, outputs)
-            means[param] = rows.unsqueeze(-1).to(param.dtype), columns.unsqueeze(-2).to(param.dtype)
+            dtype = torch.promote_types(param.dtype, torch.float32)  # float16 could not hold the squares
+            means[param] = rows.unsqueeze(-1).to(dtype), columns.unsqueeze(-2).to(dtype)
     write_factors(means, state, together)
 
 

@@ -47,12 +47,13 @@ def match_parameters(
         ValueError: If nothing matches.
     """
     names = {id(param): name for name, param in model.named_parameters()}
-    linears = {name: m.weight for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-    linears |= {name: param for name, (param, _) in expert_weights(model).items()}
+    # PEFT puts a layer that it adapts into another one: it keeps the name that it had.
+    linears = {own_name(name): m.weight for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    linears |= {own_name(name): param for name, (param, _) in expert_weights(model).items()}
 
     def matching(patterns: Modules) -> list[str]:
         # The weight of a tied head goes by the embedding's name.
-        other = {name: names.get(id(weight), "").removesuffix(".weight") for name, weight in linears.items()}
+        other = {name: own_name(names.get(id(weight), "").removesuffix(".weight")) for name, weight in linears.items()}
         return [name for name in linears if _matches(patterns, name) or _matches(patterns, other[name])]
 
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
@@ -89,6 +90,11 @@ def match_layers(
     }
 
 
+def own_name(name: str) -> str:
+    """A module's or parameter's name in the model without PEFT's adapters."""
+    return name.replace(".base_layer", "")
+
+
 def select_parameters(
     model: nn.Module, target_modules: Modules = "all-linear", exclude_modules: Modules = None
 ) -> dict[str, nn.Parameter]:
@@ -110,7 +116,8 @@ def select_parameters(
     if not trained:
         raise ValueError(
             f"target_modules={target_modules!r} matches {len(matched)} tensors, such as {next(iter(matched))}, but"
-            " none of them is trained (requires_grad is False): unfreeze them or name other modules."
+            " none of them is trained (requires_grad is False): unfreeze them or name other modules. The frozen base"
+            " of a PEFT model is made sparse by LpDecayTrainer, with a target_sparsity."
         )
     zero = [name for name, param in trained.items() if not param.detach().any()]
     named = not (isinstance(target_modules, str) and target_modules.lower() == "all-linear")
@@ -185,12 +192,13 @@ def input_dims(model: nn.Module) -> dict[str, int]:
 def router_names(model: nn.Module) -> set[str]:
     """Names of the linear layers that choose or scale experts: those beside the experts, and inside of routers."""
     found = set()
+    linear = (nn.Linear, BaseTunerLayer)
     for prefix, module in model.named_modules():
         children = dict(module.named_children())
         if type(module).__name__.endswith("Router"):
-            found |= {name for name, m in module.named_modules(prefix=prefix) if isinstance(m, nn.Linear)}
+            found |= {name for name, m in module.named_modules(prefix=prefix) if isinstance(m, linear)}
         elif any(name.endswith("experts") for name in children) or any(map(_is_experts, children.values())):
-            found |= {f"{prefix}.{name}" for name, m in children.items() if isinstance(m, nn.Linear)}
+            found |= {f"{prefix}.{name}" for name, m in children.items() if isinstance(m, linear)}
     return found
 
 
@@ -237,11 +245,15 @@ def _head_and_adapter_names(model: nn.Module) -> set[str]:
         base = model.base_model
         inside = {id(module) for module in base.modules()}
         for name, module in model.named_modules():
-            if module is output or (output is None and id(module) not in inside):
+            if module is output:  # which PEFT may have wrapped
+                left_out |= {inner for inner, _ in module.named_modules(prefix=name)}
+            elif output is None and id(module) not in inside:
                 left_out.add(name)
     for prefix, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            left_out |= {f"{prefix}.{name}" for name, _ in module.named_modules() if name and name != "base_layer"}
+            left_out |= {
+                f"{prefix}.{name}" for name, _ in module.named_modules() if name and not name.endswith("base_layer")
+            }
     return left_out
 
 

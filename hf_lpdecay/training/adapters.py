@@ -2,13 +2,14 @@
 
 import copy
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import Linear, ParamWrapper
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +27,7 @@ from .masked_lora import (
 
 
 @torch.no_grad()
-def mask_lora(model: PeftModel) -> PeftModel:
+def mask_lora(model: PeftModel, becoming_sparse: Collection[Tensor] = ()) -> PeftModel:
     """Mask the active LoRA adapters by the base's zeros: their update is `(B A) * (W != 0)` in every forward pass.
 
     A merge, by PEFT's `merge_and_unload()` or by [`merge_sparse`], then gives the outputs that there were before it, up
@@ -37,6 +38,8 @@ def mask_lora(model: PeftModel) -> PeftModel:
     Args:
         model (`PeftModel`): With LoRA on `nn.Linear` or `Conv1D` layers, quantized ones too (the zeros of the
             dequantized weights are the mask), or on parameters such as a layer's experts. Changed in place.
+        becoming_sparse (`Collection[torch.Tensor]`, *optional*): Base weights that are masked although they have no
+            zeros yet.
 
     Returns:
         `PeftModel`: The model itself.
@@ -56,24 +59,42 @@ def mask_lora(model: PeftModel) -> PeftModel:
     ```
     """
     layers = _lora_layers(model, "mask")
-    record: MaskRecord = {}
-    for name, layer in tqdm(layers.items(), desc="Masks"):
-        if entry := record_of(base_weight(layer)):
-            record[name] = entry
-    if not record:
+    record, ids = _mask_record(layers), {id(weight) for weight in becoming_sparse}
+    if not (record or ids):
         warnings.warn("None of the adapted weights is zero: there is nothing to mask.", stacklevel=2)
     for adapter in model.active_adapters:
-        config = model.peft_config[adapter]
-        present = {name: entry for name, entry in record.items() if adapter in layers[name].lora_A}
+        config, own = model.peft_config[adapter], _layers_of(layers, adapter)
         if getattr(config, "lp_masked_layers", None) is not None:
-            check_record(config.lp_masked_layers, present, adapter)
-        for name in present:
-            mask_layer(layers[name], adapter, _tied_config(model, layers[name]))
-        config = copy.copy(config)
-        config.__class__ = MaskedLoraConfig
-        config.lp_masked_layers = present
-        model.peft_config[adapter] = config
+            check_record(config.lp_masked_layers, {n: entry for n, entry in record.items() if n in own}, adapter)
+        for name, layer in own.items():
+            if name in record or id(base_parameter(layer)) in ids:
+                mask_layer(layer, adapter, _tied_config(model, layer))
+    _write_record(model, layers, record)
     return model
+
+
+@torch.no_grad()
+def update_mask_record(model: PeftModel) -> None:
+    """Put the zeros that the base has now into the configs of its masked adapters, which are saved with them."""
+    layers = _lora_layers(model, "mask")
+    _write_record(model, layers, _mask_record(layers))
+
+
+def _mask_record(layers: dict[str, LoraLayer]) -> MaskRecord:
+    entries = {name: record_of(base_weight(layer)) for name, layer in tqdm(layers.items(), desc="Masks", leave=False)}
+    return {name: entry for name, entry in entries.items() if entry}
+
+
+def _write_record(model: PeftModel, layers: dict[str, LoraLayer], record: MaskRecord) -> None:
+    for adapter in model.active_adapters:
+        config = copy.copy(model.peft_config[adapter])
+        config.__class__ = MaskedLoraConfig
+        config.lp_masked_layers = {name: record[name] for name in _layers_of(layers, adapter) if name in record}
+        model.peft_config[adapter] = config
+
+
+def _layers_of(layers: dict[str, LoraLayer], adapter: str) -> dict[str, LoraLayer]:
+    return {name: layer for name, layer in layers.items() if adapter in layer.lora_A}
 
 
 def load_masked_lora(base: nn.Module, adapter: str, **kwargs) -> PeftModel:

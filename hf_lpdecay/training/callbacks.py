@@ -4,6 +4,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, extract_model_from_parallel, is_compiled_module
 from torch import nn
@@ -14,8 +15,10 @@ from transformers.utils import logging
 
 from ..config import LpDecayConfig
 from ..sparsity import SparsityDriver, participants
+from ..sparsity.driver import LearningRates
 from .best import BestFromTarget
 from .checks import check_optimizer, check_ranks, check_same_config
+from .frozen import FrozenBase
 from .learning_rates import learning_rates_of
 from .zero import ZeroController, find_ranges
 
@@ -54,6 +57,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def __init__(self, lp_config: LpDecayConfig | dict[str, Any], names: list[str] | None = None):
         self.lp_config = LpDecayConfig(**lp_config) if isinstance(lp_config, dict) else lp_config
         self.names = names
+        self.frozen: FrozenBase | None = None  # set by the trainer, where a frozen base becomes sparse
         if self.lp_config.distill and names is None:
             raise ValueError(
                 f"distill={self.lp_config.distill!r} needs the loss, which a callback does not see: use LpDecayTrainer"
@@ -78,7 +82,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
         **kwargs,
     ):
         check_ranks(self.lp_config)
-        check_optimizer(optimizer, self.lp_config)
+        if self.frozen is None:
+            check_optimizer(optimizer, self.lp_config)
+        elif not state.global_step:
+            self.frozen.reset()
         self.check_checkpoint(state)
         if state.global_step and not optimizer.state:
             raise ValueError(
@@ -87,7 +94,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 " from its weights."
             )
         compiled = args.torch_compile or is_compiled_module(model)
-        model = unwrapped(model)
+        model = unwrapped(model) if self.frozen is None else self.frozen.model
         if self.names is None:
             self.names = list(participants(model, self.lp_config))
         all_params = dict(model.named_parameters())
@@ -104,7 +111,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             self.lp_config,
             model,
             params,
-            optimizer,
+            optimizer if self.frozen is None else self.frozen,
             total_steps=state.max_steps,
             warmup_steps=args.get_warmup_steps(state.max_steps),
             step=state.global_step,
@@ -115,18 +122,24 @@ class SparsityCallback(TrainerCallback, ExportableState):
         ramp = self._driver.ramp
         if ramp is not None and args.metric_for_best_model is not None:
             self._best = BestFromTarget(args, state, ramp.end)
-        rates = learning_rates_of(optimizer, kwargs["lr_scheduler"])
+        rates = self._learning_rates(optimizer, kwargs["lr_scheduler"])
         show_progress = state.is_local_process_zero and not args.disable_tqdm
         self._driver.start(rates, kwargs["train_dataloader"], show_progress)
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._driver.before_step()
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
+    ):
+        if self.frozen is not None and not optimizer.step_was_skipped:
+            self.frozen.step(float(optimizer.param_groups[0]["lr"]), state.global_step)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
     ):
         # Before the step is logged, evaluated and saved, so that a checkpoint holds the plan that follows it.
-        self._driver.after_step(state.global_step, learning_rates_of(optimizer, kwargs["lr_scheduler"]))
+        self._driver.after_step(state.global_step, self._learning_rates(optimizer, kwargs["lr_scheduler"]))
         if self._best is not None:
             self._best.on_step_end()
 
@@ -151,6 +164,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
         """Numbers for the logs: `sparsity` of the selected weights, `lp_lambda` and `lp_phase` (0 dense, 1 decay,
         2 settle). Empty before training has begun."""
         return {} if self._driver is None else self._driver.metrics()
+
+    def _learning_rates(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> LearningRates:
+        rates = learning_rates_of(optimizer, scheduler)
+        # A frozen base is one group, which decays with the rate of the adapters' first one.
+        return rates if self.frozen is None else lambda first, last: rates(first, last)[:1]
 
     def check_checkpoint(self, state: TrainerState) -> None:
         """Check that a resumed run goes on as it began.

@@ -19,7 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 def is_quantized(layer: LoraLayer) -> bool:
     """Whether the base weight is stored in another form than as its floating point values."""
-    weight = base_parameter(layer)
+    return is_quantized_weight(base_parameter(layer))
+
+
+def is_quantized_weight(weight: Tensor) -> bool:
+    """Whether a weight is stored in another form than as its floating point values."""
     return not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter)
 
 
@@ -151,7 +155,7 @@ class MaskedLinear(Masked, Linear):
             return None
         base = self.base_layer
         if type(base) not in (nn.Linear, Conv1D) or base._forward_hooks or base._forward_pre_hooks:
-            return None  # such as the hooks that collect input features
+            return None  # they want to see what goes through the layer
         return adapters[0]
 
 

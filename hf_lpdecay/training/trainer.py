@@ -13,21 +13,28 @@ from ..card import write_card
 from ..config import LpDecayConfig
 from ..optim import LpAdamW, LpDecay
 from ..sparsity import Ramp, participants
+from ..sparsity.selection import own_name
 from .callbacks import SparsityCallback, unwrapped
 from .checkpoints import WholeCheckpointsMixin, last_whole_checkpoint
 from .checks import check_sharding
 from .distillation import Distiller, logits_of
+from .frozen import find_frozen_base
+from .frozen_trainer import FrozenBaseMixin
 from .optimizers import ADAMW, check_optim, config_for
 from .record import card_facts, write_record
 
 
-class LpDecayMixin(WholeCheckpointsMixin):
+class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
     """Makes a `Trainer` train sparse. Put it in front: `class MyTrainer(LpDecayMixin, Trainer)`.
 
     It makes the optimizer an [`~hf_lpdecay.LpAdamW`] with the learning rate, betas, epsilon and weight decay of the
     `TrainingArguments`, or wraps another one that their `optim` names in an [`~hf_lpdecay.LpDecay`], gives the
     selected weights groups of their own, drives them to the target with a
     [`SparsityCallback`], and puts `sparsity`, `lp_lambda` and `lp_phase` beside the loss in the logs.
+
+    Where the model is a `PeftModel` whose selected base weights are frozen, a target makes them sparse while the
+    adapters learn: LoRA adapters are masked for it, other ones refused. The base's weights decay after each step, with
+    the adapters' learning rate; they have neither gradients nor moments. [`merge_adapters`] gives the sparse model.
 
     A loss or gradient that is not finite stops the run before a weight is touched. With a gradient scaler (fp16)
     such a step is skipped, decay included, until no scaling is left that could be to blame. Checkpoints are written
@@ -49,14 +56,20 @@ class LpDecayMixin(WholeCheckpointsMixin):
 
     def __init__(self, *args, lp_config: LpDecayConfig, **kwargs):
         super().__init__(*args, **kwargs)
-        check_optim(self.args.optim, lp_config)
-        lp_config = self.lp_config = config_for(self.args.optim, lp_config)
+        model = unwrapped(self.model)
+        self._frozen = find_frozen_base(model, lp_config, self.is_world_process_zero())
+        if self._frozen is None:
+            check_optim(self.args.optim, lp_config)
+            self.lp_config = config_for(self.args.optim, lp_config)
+        else:
+            self.lp_config = self._frozen.config
+        lp_config = self.lp_config
         self.lp_facts: dict[str, Any] = {}
         self._check_can_decay()
         # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
-        model = unwrapped(self.model)
-        self._lp_names = list(participants(model, lp_config))
+        self._lp_names = list(participants(model, lp_config) if self._frozen is None else self._frozen.params)
         self.add_callback(SparsityCallback(lp_config, self._lp_names))
+        self._sparsity_callback().frozen = self._frozen
         # Made now as well: when a run is resumed, the model is no longer what it was when training began.
         self._distiller = Distiller(lp_config, model, ("labels", *self.label_names)) if lp_config.distill else None
         self._losses = torch.zeros(3, device=self.args.device)  # the model's own, the distance, steps
@@ -64,11 +77,13 @@ class LpDecayMixin(WholeCheckpointsMixin):
     @property
     def lp_modules(self) -> list[str]:
         """Names of the modules whose weights become sparse, for `target_modules` of `measure_sparsity`."""
-        return [name.removesuffix(".weight") for name in self._lp_names]
+        return [own_name(name).removesuffix(".weight") for name in self._lp_names]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Make an [`~hf_lpdecay.LpAdamW`], or an [`~hf_lpdecay.LpDecay`] around what `optim` names, grouped as the
         `Trainer` does and by whether the p-norm decay acts."""
+        if self._frozen is not None:  # no decay acts on what is stepped
+            return super().create_optimizer(model)
         if self.optimizer is None:
             wrapped = self.args.optim not in ADAMW and self.optimizer_cls_and_kwargs is None
             if self.optimizer_cls_and_kwargs is None and not wrapped:
@@ -167,11 +182,6 @@ class LpDecayMixin(WholeCheckpointsMixin):
                 self._losses = torch.zeros(3, device=self.args.device)
         super().log(logs, *args, **kwargs)
 
-    def _sparsity_callback(self) -> SparsityCallback:
-        """Looked up, since a checkpoint's callbacks may have replaced the first one."""
-        callbacks = self.callback_handler.callbacks
-        return next(callback for callback in callbacks if isinstance(callback, SparsityCallback))
-
     def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
         """Write sparsity.json and the model card, README.md, into the output folder; `push_to_hub` calls it.
 
@@ -191,6 +201,19 @@ class LpDecayMixin(WholeCheckpointsMixin):
         write_card(self.args.output_dir, self.hub_model_id, model_name)
 
     def _check_can_decay(self) -> None:
+        if self._frozen is None:
+            self._check_optimizer()
+        check_sharding(self.accelerator.state, self.lp_config)
+        if any(isinstance(callback, SparsityCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError(
+                f"callbacks= holds a SparsityCallback, but {type(self).__name__} adds its own: leave it out, or train"
+                " with a plain Trainer."
+            )
+        steps = self._total_steps()
+        if self.lp_config.target_sparsity is not None and steps is not None:
+            Ramp.from_config(self.lp_config, steps, self.args.get_warmup_steps(steps))
+
+    def _check_optimizer(self) -> None:
         if self.optimizer is not None:
             raise ValueError(
                 f"optimizers= holds a {type(self.optimizer).__name__}, but {type(self).__name__} makes its own LpAdamW:"
@@ -203,15 +226,6 @@ class LpDecayMixin(WholeCheckpointsMixin):
             )
         if self.args.optim not in ADAMW and chosen is None:
             self.get_optimizer_cls_and_kwargs(self.args, self.model)  # says what is not installed
-        check_sharding(self.accelerator.state, self.lp_config)
-        if any(isinstance(callback, SparsityCallback) for callback in self.callback_handler.callbacks):
-            raise ValueError(
-                f"callbacks= holds a SparsityCallback, but {type(self).__name__} adds its own: leave it out, or train"
-                " with a plain Trainer."
-            )
-        steps = self._total_steps()
-        if self.lp_config.target_sparsity is not None and steps is not None:
-            Ramp.from_config(self.lp_config, steps, self.args.get_warmup_steps(steps))
 
     def _total_steps(self) -> int | None:
         """Optimizer steps in the run, as far as it can be known before it starts."""
