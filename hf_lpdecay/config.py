@@ -62,6 +62,10 @@ class LpDecayConfig:
             decaying them, as gradual magnitude pruning does; importance, pattern, schedule and compensation stay. It
             is the limit ``p -> -inf``, so that `p`, `p_start`, `post_step`, `s_rate` and `trim` have no effect.
             Impossible without a target.
+        mask_swaps (`int`, *optional*, defaults to `0`): Rounds in which each plan of a hard cut exchanges weights that
+            it prunes for remaining ones of the same row, where the reconstructed output comes nearer (as 1-swaps, arXiv
+            2512.10922, many at a time). Each costs somewhat more than `compensate` alone. Needs `hard_cut` and
+            `compensate`, and single weights or n:m.
         compensate (`bool`, *optional*): Update the remaining weights so that their layer's output changes least while
             others are pruned: optimal brain surgeon's update, with the Hessian of the input features of the last 5
             steps before the plan. In the ramp this costs a copy of the selected weights, and
@@ -133,6 +137,7 @@ class LpDecayConfig:
         default=None, metadata={"help": "Decay only the weights that are pruned next. Defaults to True with a target."}
     )
     hard_cut: bool = field(default=False, metadata={"help": "Set weights to zero at once instead of decaying them."})
+    mask_swaps: int = field(default=0, metadata={"help": "Rounds of exchanges that improve the masks of a hard cut."})
     compensate: bool | None = field(
         default=None,
         metadata={"help": "Update the remaining weights at each plan. Defaults to True with a target."},
@@ -178,7 +183,7 @@ class LpDecayConfig:
             raise ValueError(
                 f"Invalid ramp: ramp_end={self.ramp_end} - should be greater than ramp_start={self.ramp_start}."
             )
-        for name, least in (("num_plans", 1), ("calibration_batches", 0)):
+        for name, least in (("num_plans", 1), ("calibration_batches", 0), ("mask_swaps", 0)):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -262,6 +267,7 @@ class LpDecayConfig:
                 "importance": self.importance not in (None, "magnitude") and self.importance,
                 "trim": self.trim,
                 "hard_cut": self.hard_cut,
+                "mask_swaps": self.mask_swaps,
                 "compensate": self.compensate,
                 "hessians_on_cpu": self.hessians_on_cpu,
                 "calibration_batches": self.calibration_batches,
@@ -296,6 +302,12 @@ class LpDecayConfig:
             )
         if self.hessians_on_cpu and self.compensate is False:
             raise ValueError("hessians_on_cpu=True needs compensate, which alone has Hessians: leave one of them out.")
+        weights = self.pattern == "unstructured" or semi_structured
+        if self.mask_swaps and not (self.hard_cut and weights and self.compensate is not False):
+            raise ValueError(
+                f"mask_swaps={self.mask_swaps} needs hard_cut=True, compensate and single weights or n:m, but"
+                f" hard_cut={self.hard_cut}, compensate={self.compensate} and pattern={self.pattern!r}: leave it out."
+            )
         if self.lp_lambda_schedule != "constant":
             raise ValueError(
                 f"lp_lambda_schedule={self.lp_lambda_schedule!r} needs lp_lambda: with a target_sparsity the strength"

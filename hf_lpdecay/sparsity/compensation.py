@@ -1,6 +1,7 @@
 """Weight updates that reconstruct a layer's output while weights are pruned (optimal brain surgeon)."""
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,19 @@ class Compensation:
         optimizer (`torch.optim.Optimizer`): Steps them.
         on_cpu (`bool`, *optional*, defaults to `False`): Hold the Hessians in CPU memory. Each batch's product is moved
             there, and at a plan one layer's sum after the other is moved to the weights.
+        improve_mask (`Callable`, *optional*): See [`~.reconstruction.reconstruct`].
     """
 
     def __init__(
-        self, model: nn.Module, dims: dict[Tensor, int], optimizer: torch.optim.Optimizer, on_cpu: bool = False
+        self,
+        model: nn.Module,
+        dims: dict[Tensor, int],
+        optimizer: torch.optim.Optimizer,
+        on_cpu: bool = False,
+        improve_mask: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ):
         self.collecting = True
+        self._improve_mask = improve_mask
         self._on_cpu = on_cpu
         # A process that holds parts of rows cannot solve for them: such weights get no update.
         self._dims = {param: dim for param, dim in dims.items() if has_whole_rows(param, dim)}
@@ -132,7 +140,7 @@ class Compensation:
             weight.add_(move.masked_fill_(weight == 0, 0.0), alpha=share)
 
     @torch.no_grad()
-    def apply(self, param: Tensor, pruned: Tensor, already_pruned: Tensor, gradually: bool = False) -> None:
+    def apply(self, param: Tensor, pruned: Tensor, already_pruned: Tensor, gradually: bool = False) -> Tensor:
         """Update the remaining weights of a tensor. The pruned ones are left as they are.
 
         Args:
@@ -143,11 +151,14 @@ class Compensation:
             gradually (`bool`, *optional*, defaults to `False`): Only store the update, for [`advance`] to apply.
                 Weights of less than float32, in which a share of it would be rounded away, are updated at once, and so
                 are frozen ones, of which nothing of their size is kept.
+
+        Returns:
+            `torch.Tensor`: The pruning mask, with the zeros that there were, and improved if `improve_mask` does that.
         """
         state = self._optimizer.state[param]
         state.pop("lp_move", None)
         if "lp_gram" not in state:  # no samples yet, as in a ramp that begins with the training
-            return
+            return pruned
         weight, move = local(param), local(param)
         if gradually and param.dtype == torch.float32 and param.requires_grad:
             state["lp_move"] = torch.zeros_like(param)
@@ -158,19 +169,20 @@ class Compensation:
         if self._dims[param] == 0:
             tensors = tuple(tensor.transpose(-1, -2) for tensor in tensors)
         if param.dim() == 2:
-            _update(*tensors, gram.to(weight.device))
-            return
+            self._update(*tensors, gram.to(weight.device))
+            return pruned
         first = first_expert(param)
         for expert in range(len(weight)):
             if gram[first + expert].any():  # an expert that got no token has no Hessian
-                _update(*(tensor[expert] for tensor in tensors), gram[first + expert].to(weight.device))
+                self._update(*(tensor[expert] for tensor in tensors), gram[first + expert].to(weight.device))
+        return pruned
 
-
-def _update(weight: Tensor, move: Tensor, pruned: Tensor, already_pruned: Tensor, gram: Tensor) -> None:
-    """Add the update of a matrix, shape (out, in), to `move`."""
-    reference = weight.masked_fill(already_pruned & pruned, 0.0)
-    change = reconstruct(reference, pruned, gram).sub_(reference)
-    move.add_(change.masked_fill_(pruned, 0.0))
+    def _update(self, weight: Tensor, move: Tensor, pruned: Tensor, already_pruned: Tensor, gram: Tensor) -> None:
+        """Add the update of a matrix, shape (out, in), to `move`, and write the improved mask to `pruned`."""
+        reference = weight.masked_fill(already_pruned & pruned, 0.0)
+        change, mask = reconstruct(reference, pruned, gram, self._improve_mask)
+        move.add_(change.sub_(reference).masked_fill_(mask, 0.0))
+        pruned.copy_(mask)
 
 
 def _hessian(tokens: Tensor, size: int) -> Tensor:

@@ -231,7 +231,7 @@ class SparsityController:
                 continue
             for param, pruned, already_pruned in self._pruning_masks(pool, self._smallest(pool, count)):
                 if self._compensation is not None:
-                    self._compensation.apply(param, pruned, already_pruned)
+                    pruned = self._compensation.apply(param, pruned, already_pruned)
                     if last:
                         self._compensation.free(param)
                 local(param).masked_fill_(pruned, 0.0)

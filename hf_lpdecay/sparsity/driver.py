@@ -1,6 +1,7 @@
 """`SparsityDriver`: one object that drives a run, from the calibration to the exact cut."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +11,12 @@ from .activations import ActivationStatistics
 from .calibration import calibrate
 from .compensation import Compensation
 from .controller import SparsityController
+from .patterns import parse_pattern
 from .report import count_nonzero
 from .schedule import DECAY, DENSE, SETTLE, PlainSchedule, Ramp
 from .selection import block_weights_left_out, input_dims, selected_units
 from .sharding import whole
+from .swaps import swap
 
 
 if TYPE_CHECKING:  # it checks its pattern with this room
@@ -80,7 +83,9 @@ class SparsityDriver:
         units, dims = selected_units(model, config, params), input_dims(model)
         if self._compensates and step < self.ramp.end:
             inputs = {param: dims.get(name, 1) for name, param in params.items()}
-            self._compensation = Compensation(model, inputs, optimizer, config.hessians_on_cpu)
+            group = parse_pattern(config.pattern).swap_group
+            improve = partial(swap, rounds=config.mask_swaps, group=group) if config.mask_swaps else None
+            self._compensation = Compensation(model, inputs, optimizer, config.hessians_on_cpu, improve)
         self._controller = make_controller(config, params, optimizer, self.ramp, dims, units, self._compensation)
         calibrates = config.calibration_batches > 0 and step == 0
         if config.importance == "activation" and (calibrates or step < self.ramp.start):
@@ -195,7 +200,7 @@ class SparsityDriver:
                 f"to {config.target_sparsity:.1%} zeros ({config.pattern}) per"
                 f" {'layer' if config.scope == 'layer' else 'model'} from step {self.ramp.start} to {self.ramp.end},"
                 f" importance={config.importance},{'' if config.hard_cut else f' trim={config.trim},'}"
-                f" compensate={self._compensates}"
+                f" compensate={self._compensates}" + (f", mask_swaps={config.mask_swaps}" if config.mask_swaps else "")
             )
         examples = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         what = "hard cut" if config.hard_cut else f"p-norm decay (p={config.p:g})"

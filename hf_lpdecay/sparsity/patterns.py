@@ -13,6 +13,11 @@ class Unstructured:
     # What the optimizer must know to tell who is small, if that is not the weight alone.
     spec: str | None = None
 
+    @property
+    def swap_group(self) -> int:
+        """Within how many consecutive weights of a row two may swap their places in the mask; 1 for the whole row."""
+        return 1
+
     def count(self, sparsity: float, numel: int) -> int:
         """How many of `numel` weights are zero at a sparsity: whole groups only."""
         return round(sparsity * numel)
@@ -53,6 +58,10 @@ class SemiStructured(Unstructured):
     def sparsity(self) -> float:
         """The sparsity that the pattern leads to."""
         return 1.0 - self.keep / self.group
+
+    @property
+    def swap_group(self) -> int:
+        return self.group
 
     def rows(self, dim: int) -> int:
         return self.group if dim == 0 else 1

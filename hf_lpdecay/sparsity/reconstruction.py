@@ -1,5 +1,7 @@
 """The solver of `Compensation`: pruned weights that reconstruct a layer's output, by conjugate gradients."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,10 @@ MIN_REST = 1e-4
 _CHUNK = 1 << 20
 
 
-def reconstruct(weight: Tensor, pruned: Tensor, gram: Tensor) -> Tensor:
-    """Pruned weights that reconstruct the layer's output best, by preconditioned conjugate gradients.
+def reconstruct(
+    weight: Tensor, pruned: Tensor, gram: Tensor, improve_mask: Callable[..., tuple[Tensor, Tensor]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pruned weights that reconstruct the layer's output best.
 
     Minimises ``(v - w) H (v - w)^T`` for each row ``w`` over the rows ``v`` that are zero where `pruned` is.
 
@@ -26,42 +30,62 @@ def reconstruct(weight: Tensor, pruned: Tensor, gram: Tensor) -> Tensor:
         weight (`torch.Tensor`): Shape (out, in).
         pruned (`torch.Tensor`): The pruning mask, `True` where the result is zero; bool, shape (out, in).
         gram (`torch.Tensor`): Blocks of ``H`` along its diagonal, float32, shape (blocks, size, size).
+        improve_mask (`Callable`, *optional*): Called with the solver, weights, mask and solution of some rows; returns
+            another mask and its solution, see [`~.swaps.swap`].
 
     Returns:
-        `torch.Tensor`: float32, shape (out, in).
+        `tuple[torch.Tensor, torch.Tensor]`: The weights, float32, and their pruning mask; shape (out, in).
     """
-    blocks, _, _ = gram.shape
-    damping = DAMPING * gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    hessian = gram.clone()
-    hessian.diagonal(dim1=1, dim2=2).add_(damping)
-    precondition = Preconditioner(hessian)
+    solver = Solver(gram)
     rows = max(1, _CHUNK // weight.shape[1])
-    result = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    for values, mask, solution in zip(weight.split(rows), pruned.split(rows), result.split(rows)):
-        start, keep = (x.float().unflatten(1, (blocks, -1)).transpose(0, 1) for x in (values, ~mask))
-        solved = _conjugate_gradients(start, keep, hessian, precondition)
+    result, mask = torch.empty(weight.shape, dtype=torch.float32, device=weight.device), pruned
+    if improve_mask is not None:
+        mask = torch.empty_like(pruned)
+    for values, before, solution, after in zip(*(tensor.split(rows) for tensor in (weight, pruned, result, mask))):
+        start, keep = (x.float().unflatten(1, (len(gram), -1)).transpose(0, 1) for x in (values, ~before))
+        solved = solver.solve(start, keep)
+        if improve_mask is not None:
+            keep, solved = improve_mask(solver, start, keep, solved)
+            after.copy_(keep.transpose(0, 1).flatten(1) == 0)
         solution.copy_(solved.transpose(0, 1).flatten(1))
-    return result
+    return result, mask
 
 
-def _conjugate_gradients(start: Tensor, keep: Tensor, hessian: Tensor, precondition: "Preconditioner") -> Tensor:
-    """Solve for some rows; `start`, `keep` and the result have the shape (blocks, rows, size)."""
-    solution = start * keep
-    residual = ((start - solution) @ hessian).mul_(keep)
-    inverse = precondition.restricted(keep)
-    scaled = precondition(residual, keep, inverse)
-    direction, norm = scaled.clone(), (residual * scaled).sum(2, keepdim=True)
-    for i in range(ITERATIONS):
-        image = (direction @ hessian).mul_(keep)
-        length = _ratio(norm, (direction * image).sum(2, keepdim=True))
-        solution.addcmul_(length, direction)
-        if i + 1 == ITERATIONS:
-            break
-        residual.addcmul_(length, image, value=-1)
-        scaled = precondition(residual, keep, inverse)
-        last_norm, norm = norm, (residual * scaled).sum(2, keepdim=True)
-        direction.mul_(_ratio(norm, last_norm)).add_(scaled)
-    return solution
+class Solver:
+    """Solves for pruned rows by preconditioned conjugate gradients. All rows have the shape (blocks, rows, size).
+
+    Args:
+        gram (`torch.Tensor`): Blocks of ``H`` along its diagonal, float32, shape (blocks, size, size).
+    """
+
+    def __init__(self, gram: Tensor):
+        self.hessian = gram.clone()
+        damping = DAMPING * gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+        self.hessian.diagonal(dim1=1, dim2=2).add_(damping)
+        self.precondition = Preconditioner(self.hessian)
+
+    def solve(self, start: Tensor, keep: Tensor) -> Tensor:
+        """The rows that reconstruct `start` and are zero where `keep` is, which is 1 elsewhere."""
+        solution = start * keep
+        residual = self.residual(start, solution).mul_(keep)
+        inverse = self.precondition.restricted(keep)
+        scaled = self.precondition(residual, keep, inverse)
+        direction, norm = scaled.clone(), (residual * scaled).sum(2, keepdim=True)
+        for i in range(ITERATIONS):
+            image = (direction @ self.hessian).mul_(keep)
+            length = _ratio(norm, (direction * image).sum(2, keepdim=True))
+            solution.addcmul_(length, direction)
+            if i + 1 == ITERATIONS:
+                break
+            residual.addcmul_(length, image, value=-1)
+            scaled = self.precondition(residual, keep, inverse)
+            last_norm, norm = norm, (residual * scaled).sum(2, keepdim=True)
+            direction.mul_(_ratio(norm, last_norm)).add_(scaled)
+        return solution
+
+    def residual(self, start: Tensor, solution: Tensor) -> Tensor:
+        """Half the negative gradient of the error with respect to `solution`."""
+        return (start - solution) @ self.hessian
 
 
 class Preconditioner:
@@ -89,7 +113,7 @@ class Preconditioner:
         self._vectors = vectors @ rotation
         alive = (diagonal > 0).sum(2)
         rest = ((alive - values.sum(1, keepdim=True)) / (size - rank)).clamp(min=MIN_REST)[:, :, None]
-        self._scale_by_rest = self._scale / rest
+        self._rest, self._scale_by_rest = rest, self._scale / rest
         self._ratio = torch.diag_embed(rest[:, :, 0] / (values - rest[:, :, 0]).clamp(min=MIN_REST))[:, None]
         self._products = (self._vectors[:, :, :, None] * self._vectors[:, :, None, :]).flatten(2)
 
@@ -101,6 +125,25 @@ class Preconditioner:
         """
         rank = self._vectors.shape[2]
         return torch.linalg.inv((keep @ self._products).unflatten(2, (rank, rank)) + self._ratio)
+
+    def values(self, residual: Tensor, solution: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """By how much the error falls when a pruned weight is kept, and rises when a kept one is pruned.
+
+        Each with the update of all others that follows it (optimal brain surgeon's saliency).
+
+        Args:
+            residual (`torch.Tensor`): From [`Solver.residual`]; shape (blocks, rows, size).
+            solution (`torch.Tensor`): The rows that `keep` leads to; shape (blocks, rows, size).
+            keep (`torch.Tensor`): See [`restricted`].
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: For each weight what it would gain, which only holds where `keep` is 0,
+            and what it would cost, which only holds where `keep` is 1.
+        """
+        explained = self.restricted(keep).flatten(2) @ self._products.transpose(1, 2)
+        gain = (residual * self._scale).square_().div_(self._rest * (1 + explained))
+        cost = _ratio(solution, self._scale).square_().mul_(self._rest).div_((1 - explained).clamp_(min=MIN_REST))
+        return gain, cost
 
     def __call__(self, residual: Tensor, keep: Tensor, inverse: Tensor) -> Tensor:
         """Approximate ``residual H^-1`` on the features that each row keeps; shape (blocks, rows, size)."""
