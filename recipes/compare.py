@@ -32,6 +32,8 @@ NO_TARGET = {
     "trim": None,
     "compensate": None,
     "hard_cut": False,
+    "mask_swaps": 0,
+    "hessians_on_cpu": False,
     "pattern": "unstructured",
     "calibration_batches": None,
 }
@@ -41,6 +43,7 @@ METHODS = {
     "gmp": {"hard_cut": True, "importance": "magnitude", "compensate": False},
     "gmp-adam": {"hard_cut": True, "importance": "adam", "compensate": False},
     "gmp-compensate": {"hard_cut": True},  # as `lp`, but cut
+    "gmp-swaps": {"hard_cut": True, "mask_swaps": 4},
     "gmp-adam-distill": {"hard_cut": True, "importance": "adam", "compensate": False},
     "lp-plain": {"hard_cut": False, "importance": "magnitude", "trim": False, "compensate": False},
     "lp-trim": {"hard_cut": False, "importance": "magnitude", "trim": True, "compensate": False},

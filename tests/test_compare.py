@@ -10,7 +10,7 @@ from hf_lpdecay.sparsity import select_parameters
 
 
 def test_methods_side_by_side(command, tmp_path, capsys, language_model):
-    methods = ["dense", "gmp", "gmp-adam", "lp-plain", "lp", "lp-distill"]
+    methods = ["dense", "gmp", "gmp-adam", "gmp-swaps", "lp-plain", "lp", "lp-distill"]
     flags = ["--methods", *methods, "--seeds", "0", "1", "--results_file", str(tmp_path / "results.json")]
     assert compare.main([*command, *flags]) == 0
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
