@@ -46,6 +46,19 @@ def test_a_pruned_checkpoint_is_continued_with_its_zeros_frozen(command, tmp_pat
     assert (distilled["sparsity"], dense["sparsity"]) == (0.5, 0.0)
 
 
+def test_masks_side_by_side(command, tmp_path, language_model, capsys):
+    import compare_masks
+
+    results = tmp_path / "masks.json"
+    flags = ["--rounds", "0", "4", "--calibration_batches", "4", "--results_file", str(results)]
+    assert compare_masks.main([*command, *flags]) == 0
+    plain, swapped = json.loads(results.read_text())["runs"]
+    assert plain["sparsity"] == swapped["sparsity"] == 0.5
+    assert plain["perplexity"] != swapped["perplexity"]
+    assert "| mask_swaps=4 | 50.00% |" in capsys.readouterr().out
+    assert compare_masks.main([*command, "--pattern", "block:4x4", *flags]) == 2
+
+
 def test_unknown_methods_and_folders_are_refused(capsys):
     assert compare.main(["--methods", "magic"]) == 2
     assert "'magic' - should be one of dense, gmp" in capsys.readouterr().err
