@@ -126,7 +126,11 @@ def test_hessians_are_those_of_each_experts_own_tokens(make, implementation):
         torch.testing.assert_close(gram, hidden.t() @ hidden)
 
 
-CONFIGS = {"half": {"target_sparsity": 0.5}, "semi": {"pattern": "2:4", "calibration_batches": 4}}
+CONFIGS = {
+    "half": {"target_sparsity": 0.5},
+    "semi": {"pattern": "2:4", "calibration_batches": 4},
+    "neurons": {"target_sparsity": 0.5, "pattern": "neurons"},
+}
 
 
 def zeros(weights):

@@ -19,6 +19,7 @@ from .checks import check_sharding
 from .distillation import Distiller, logits_of
 from .optimizers import ADAMW, check_optim, config_for
 from .record import card_facts, write_record
+from .saved_names import accept_saved_names
 
 
 class LpDecayMixin(WholeCheckpointsMixin):
@@ -55,6 +56,7 @@ class LpDecayMixin(WholeCheckpointsMixin):
         self._check_can_decay()
         # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
         model = unwrapped(self.model)
+        accept_saved_names(model)
         self._lp_names = list(participants(model, lp_config))
         self.add_callback(SparsityCallback(lp_config, self._lp_names))
         # Made now as well: when a run is resumed, the model is no longer what it was when training began.
