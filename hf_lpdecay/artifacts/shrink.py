@@ -22,7 +22,8 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
     """Cut out the neurons and heads that are zero.
 
     A neuron or head counts as zero if its column in the layer that writes to the residual stream is. Every layer of a
-    standard model has equally many, so layers with fewer left keep zero ones to match the fullest. The result is an
+    standard model has equally many, so layers with fewer left keep zero ones to match the fullest; so do the experts
+    of a mixture, each of which keeps its own neurons. The result is an
     ordinary model: `save_pretrained` writes a plain config.json, which needs no code of ours.
 
     Heads can be cut where the config holds the heads' width by itself (Llama, Qwen, Mistral, Phi-3 and their like).
@@ -30,8 +31,8 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
     T5 all layers share one position bias per head: there only neurons are cut.
 
     Args:
-        model (`PreTrainedModel`): Llama, Qwen, Mistral, GPT-2, OPT, BERT, RoBERTa, T5 or what is built like them, as
-            trained with ``pattern="neurons"`` or ``"heads"``. Not changed.
+        model (`PreTrainedModel`): Llama, Qwen, Mistral, Mixtral, GPT-2, OPT, BERT, RoBERTa, T5 or what is built like
+            them, as trained with ``pattern="neurons"`` or ``"heads"``. Not changed.
 
     Returns:
         `PreTrainedModel`: A new model of the same class, with fewer neurons and heads.

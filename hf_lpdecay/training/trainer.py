@@ -20,6 +20,7 @@ from .distillation import Distiller, logits_of
 from .optimizers import ADAMW, check_optim, config_for
 from .record import card_facts, write_record
 from .saved_names import accept_saved_names
+from .zero import check_matrices
 
 
 class LpDecayMixin(WholeCheckpointsMixin):
@@ -57,7 +58,10 @@ class LpDecayMixin(WholeCheckpointsMixin):
         # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
         model = unwrapped(self.model)
         accept_saved_names(model)
-        self._lp_names = list(participants(model, lp_config))
+        params = participants(model, lp_config)
+        if self.is_deepspeed_enabled:
+            check_matrices(params)
+        self._lp_names = list(params)
         self.add_callback(SparsityCallback(lp_config, self._lp_names))
         # Made now as well: when a run is resumed, the model is no longer what it was when training began.
         self._distiller = Distiller(lp_config, model, ("labels", *self.label_names)) if lp_config.distill else None
