@@ -45,8 +45,8 @@ class LpDecayConfig:
             `"block:RxC"`: tiles of R output and C input features; `"neurons"`: the rows and the column of a
             feed-forward's hidden unit; `"heads"`: the rows and columns of an attention head, or those of a key/value
             group and its query heads; `"rank"`: a row of LoRA's A and the column of its B. The target is then the
-            fraction of the tiles, of the neurons or heads of each layer, or of the ranks. All but the first need a
-            target.
+            fraction of the tiles, of the neurons or heads of each layer (of the neurons of each expert), or of the
+            ranks. All but the first need a target.
         require_shrinkable (`bool`, *optional*, defaults to `True`): Refuse `"neurons"` and `"heads"` before the first
             step where [`shrink`] could not cut them out. `False` trains zeros in this pattern for their own sake.
         scope (`str`, *optional*): `"layer"` makes every tensor equally sparse, `"global"` ranks all weights together.

@@ -193,7 +193,6 @@ def check_semi_structured(model: transformers.PreTrainedModel) -> None:
 def reason(message: str) -> str:
     """A refusal in about three words."""
     for part, words in (
-        ("has experts", "no: 3-D experts"),
         ("Experts, and adapters", "no: 3-D experts"),
         ("how wide fewer heads", "no: width not free"),
         ("over all heads", "no: norm over heads"),

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from hf_lpdecay import LpDecayMixin
+
 
 HERE = Path(__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -33,14 +35,20 @@ def succeed(main: Callable[[list[str]], int], arguments: list[str]) -> None:
         raise RuntimeError(f"{main.__module__} ended with code {code}")
 
 
-def succeed_with_small_files(main: Callable[[list[str]], int], arguments: list[str], limit: int) -> None:
-    """Run a recipe where a file can have at most `limit` bytes, which is what a full disk is to a library."""
-    limit_files(limit)
+def run_into_a_full_disk(main: Callable[[list[str]], int], arguments: list[str]) -> None:
+    """Run a recipe whose disk is full when it has trained."""
+    train = LpDecayMixin.train
+
+    def train_and_fill(*args, **kwargs):
+        train(*args, **kwargs)
+        limit_files(20_000)
+
+    LpDecayMixin.train = train_and_fill
     succeed(main, arguments)
 
 
 def limit_files(limit: int) -> None:
-    """Let no file that this process writes get longer than `limit` bytes."""
+    """Let no file that this process writes get longer than `limit` bytes, which is to a library as a full disk is."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
@@ -57,7 +65,7 @@ def start_server() -> None:
 
 
 def run_in_processes(function: Callable, world_size: int, *args, timeout: float = 240.0, **options) -> list[str]:
-    """Call a function in several processes at once, with what `torchrun` sets in the environment.
+    """Call a function in several processes at once, with what `torchrun` sets in the environment; or in one, without.
 
     Args:
         function (`Callable`): of a module, so that it can be pickled. What it returns is ignored.
@@ -84,11 +92,13 @@ def run_in_processes(function: Callable, world_size: int, *args, timeout: float 
         "TORCHELASTIC_RESTART_COUNT": "0",
         **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size)),
     }
+    ranks = [{**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    if world_size == 1:
+        ranks = [{}]
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"{rank}.log") for rank in range(world_size)]
         processes = [
-            CONTEXT.Process(target=_run, args=(call, {**environment, "RANK": str(rank)}, log))
-            for rank, log in enumerate(logs)
+            CONTEXT.Process(target=_run, args=(call, environment, log)) for environment, log in zip(ranks, logs)
         ]
         for process in processes:
             process.start()
@@ -127,7 +137,7 @@ def _run(call: Callable, environment: dict[str, str], log: Path) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ.update(environment, LOCAL_RANK=environment["RANK"])
+    os.environ.update(environment)
     gc.freeze()  # what the server imported is never collected, and looking through it takes most of a second
     torch.set_num_threads(1)
     call()

@@ -11,21 +11,14 @@ FIXED_WIDTH = (
     *("gpt2", "gptj", "gpt_neox", "falcon", "opt", "bert", "roberta", "deberta-v2", "distilbert", "albert"),
     *("electra", "modernbert", "t5", "bart", "vit"),
 )
-EXPERTS = {"neurons": "no: 3-D experts"}
 REFUSED = {
     **{name: {"heads": "no: width not free"} for name in FIXED_WIDTH},
     "bloom": {"heads": "no: width not free", "neurons": "no: width not in config", "shrink": "nothing to cut"},
     "olmo2": {"heads": "no: norm over heads"},
     "stablelm": {"heads": "no: config cannot say"},
-    "mixtral": EXPERTS,
-    "qwen3_moe": EXPERTS,
-    "olmoe": {**EXPERTS, "heads": "no: norm over heads", "shrink": "nothing to cut"},
-    "gpt_oss": {**EXPERTS, "heads": "no: config cannot say", "shrink": "nothing to cut"},
-    "deepseek_v3": {
-        **EXPERTS,
-        "heads": "no: unknown layout",
-        "shrink": "nothing to cut",
-    },
+    "olmoe": {"heads": "no: norm over heads"},
+    "gpt_oss": {"heads": "no: config cannot say"},
+    "deepseek_v3": {"heads": "no: unknown layout"},
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import TARGET, same_bits, tiny_llama, trainer_for, weights
-from processes import limit_files, run_in_processes, succeed_with_small_files
+from processes import limit_files, run_in_processes, run_into_a_full_disk
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lpdecay import LpDecayConfig, LpDecayMixin, LpDecayTrainer, measure_sparsity
@@ -165,10 +165,9 @@ def test_a_full_disk_is_named_with_the_checkpoint_to_resume_from(tmp_path, limit
 
 
 def test_a_recipe_whose_last_save_finds_the_disk_full_keeps_its_checkpoint(command, tmp_path):
-    assert finetune.main(command) == 0
     out = tmp_path / "out"
     with pytest.raises(RuntimeError) as raised:
-        run_in_processes(succeed_with_small_files, 1, finetune.main, command, 20_000)
+        run_in_processes(run_into_a_full_disk, 1, finetune.main, command)
     message = f"There is not enough space to write {out} \\(.* the run can be resumed from {out}/checkpoint-30\\."
     assert re.search(message, str(raised.value)) and "finetune ended with code 1" in str(raised.value)
     assert not (out / "model.safetensors").exists()

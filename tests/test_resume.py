@@ -4,10 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TARGET, same_bits, trainer_for, weights
+from conftest import TARGET, same_bits, tiny_mixtral, trainer_for, weights
+from safetensors.torch import load_file
+from test_callback import plain as plain_trainer
+from transformers import MixtralForCausalLM
+from transformers.trainer_utils import load_sharded_checkpoint
 
 from hf_lpdecay import LpDecayConfig
 from hf_lpdecay.training import last_whole_checkpoint
+from hf_lpdecay.training.saved_names import accept_saved_names
 
 
 @pytest.mark.parametrize(
@@ -62,6 +67,46 @@ def test_resuming_with_another_config_is_refused(tmp_path):
     other = trainer_for(tmp_path, LpDecayConfig(p=0.8, target_sparsity=0.5))
     with pytest.raises(ValueError, match=r"trained with p=0\.5 \(now 0\.8\)"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["LpDecayTrainer", "Trainer with the callback"])
+@pytest.mark.parametrize("config", [{}, {"pattern": "neurons"}, {"calibration_batches": 2}])
+def test_experts_whose_weights_are_saved_apart_are_resumed_to_the_same_bits(tmp_path, plain, config):
+    config = LpDecayConfig(**{"target_sparsity": 0.5, **config})
+    make = plain_trainer if plain else trainer_for
+
+    def trainer(folder):
+        options = {"save_strategy": "steps", "save_steps": 8, "max_steps": 24, "learning_rate": 2e-3}
+        return make(tmp_path / folder, config, model=tiny_mixtral(), **options)
+
+    whole = trainer("whole")
+    whole.train()
+    saved = load_file(tmp_path / "whole" / "checkpoint-8" / "model.safetensors")
+    assert not any("gate_up_proj" in name for name in saved)
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    assert same_bits(weights(whole.model), weights(resumed.model))
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+def test_saved_experts_are_loaded_as_from_pretrained_does(tmp_path, shard_size):
+    model = tiny_mixtral()
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    other = MixtralForCausalLM(model.config)
+    accept_saved_names(other)
+    if shard_size == "5GB":
+        result = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+        assert not result.missing_keys and not result.unexpected_keys
+    else:
+        names = [set(load_file(path)) for path in tmp_path.glob("*.safetensors")]
+        expert = "model.layers.0.block_sparse_moe.experts.0"  # whose two matrices make one weight
+        assert not any({f"{expert}.w1.weight", f"{expert}.w3.weight"} <= shard for shard in names)
+        load_sharded_checkpoint(other, tmp_path, strict=False)
+    expected = MixtralForCausalLM.from_pretrained(tmp_path)
+    assert same_bits(weights(expected), weights(other)) and not other._held_back
+    own = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    other.load_state_dict(own)
+    assert same_bits(own, other.state_dict())
 
 
 def test_restored_callbacks_go_on_driving_the_run(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
-from processes import run_in_processes, succeed_with_small_files
+from processes import run_in_processes, run_into_a_full_disk
 from stdlib_text import load_stdlib_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,9 +55,12 @@ def test_the_model_becomes_sparse_and_plain_transformers_loads_it(flags, tmp_pat
     assert "mean_token_accuracy: " in capsys.readouterr().out
     assert sft.main(["--config", str(CONFIGS / "sft.yaml"), *flags, "--p", "0.8"]) == 2
     assert "holds a run with p=None (now 0.8)" in capsys.readouterr().err
+
+
+def test_a_full_disk_at_the_last_save_keeps_the_checkpoint(flags, tmp_path):
     arguments = ["--config", str(CONFIGS / "sft.yaml"), *flags]
-    with pytest.raises(RuntimeError, match=r"not enough space to write .* be resumed from .*out/checkpoint-40\."):
-        run_in_processes(succeed_with_small_files, 1, sft.main, arguments, 20_000)
+    with pytest.raises(RuntimeError, match=r"not enough space to write .*out \(.* resumed from .*checkpoint-40\."):
+        run_in_processes(run_into_a_full_disk, 1, sft.main, arguments)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -104,9 +104,9 @@ def test_a_wrong_cut_is_noticed(monkeypatch):
     module = sys.modules["hf_lpdecay.artifacts.shrink"]
     model = with_dead(tiny_llama(), "neurons", [32, 32])
     real = module._padded
-    monkeypatch.setattr(module, "_padded", lambda indices, *sizes: real(indices, *sizes).roll(1))
+    monkeypatch.setattr(module, "_padded", lambda live, size: real(live, size).roll(1))
     smaller = shrink(model)  # another order of the same neurons is the same model
     assert smaller.config.intermediate_size == 32
-    monkeypatch.setattr(module, "_padded", lambda indices, count, size: torch.arange(size))
+    monkeypatch.setattr(module, "_padded", lambda live, size: torch.arange(size))
     with pytest.raises(RuntimeError, match="outputs differ by"):
         shrink(model)

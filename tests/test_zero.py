@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import tiny_llama, trainer_for
+from conftest import tiny_llama, tiny_mixtral, trainer_for
 
 from hf_lpdecay import LpDecayConfig
-from hf_lpdecay.training.zero import WeightRange
+from hf_lpdecay.sparsity import participants
+from hf_lpdecay.training.zero import WeightRange, check_matrices
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (3, 16), (1, 9), (9, 1), (2, 2)])
@@ -54,3 +55,8 @@ def test_what_needs_more_than_flat_ranges_is_refused(tmp_path, monkeypatch, stag
     monkeypatch.setattr(trainer.accelerator, "state", state)
     with pytest.raises(ValueError, match=message):
         trainer._check_can_decay()
+
+
+def test_experts_are_refused():
+    with pytest.raises(ValueError, match=r"do not hold experts' 3-D parameters such as model\.layers\.0\.mlp\.experts"):
+        check_matrices(participants(tiny_mixtral(), LpDecayConfig(**TARGET)))

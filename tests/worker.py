@@ -16,8 +16,8 @@ from hf_lpdecay import LpDecayConfig, LpDecayTrainer
 class CpuFsdp2Trainer(LpDecayTrainer):
     """Accelerate makes DDP of FSDP on a CPU, without a word; this insists."""
 
-    state_dict_type: str
-    block: str
+    state_dict_type: str | None = None
+    block: str = "LlamaDecoderLayer"
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()

@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..sparsity import Units, find_units
-from ..sparsity.shrinkable import check_norms, check_shapes, equally_wide, keep, smallest_valid
+from ..sparsity import find_units
+from ..sparsity.shrinkable import check_norms, check_shapes, keep, numbers, smallest_valid
 
 
 logger = logging.get_logger(__name__)
@@ -22,7 +22,8 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
     """Cut out the neurons and heads that are zero.
 
     A neuron or head counts as zero if its column in the layer that writes to the residual stream is. Every layer of a
-    standard model has equally many, so layers with fewer left keep zero ones to match the fullest. The result is an
+    standard model has equally many, so layers with fewer left keep zero ones to match the fullest; so do the experts
+    of a mixture, each of which keeps its own neurons. The result is an
     ordinary model: `save_pretrained` writes a plain config.json, which needs no code of ours.
 
     Heads can be cut where the config holds the heads' width by itself (Llama, Qwen, Mistral, Phi-3 and their like).
@@ -30,8 +31,8 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
     T5 all layers share one position bias per head: there only neurons are cut.
 
     Args:
-        model (`PreTrainedModel`): Llama, Qwen, Mistral, GPT-2, OPT, BERT, RoBERTa, T5 or what is built like them, as
-            trained with ``pattern="neurons"`` or ``"heads"``. Not changed.
+        model (`PreTrainedModel`): Llama, Qwen, Mistral, Mixtral, GPT-2, OPT, BERT, RoBERTa, T5 or what is built like
+            them, as trained with ``pattern="neurons"`` or ``"heads"``. Not changed.
 
     Returns:
         `PreTrainedModel`: A new model of the same class, with fewer neurons and heads.
@@ -56,29 +57,39 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
         except ValueError as error:
             logger.info(str(error))
             continue
-        for side, group in equally_wide(model, pattern, found).items():
-            live = [_live(units) for units in group]
-            count, size = group[0].count, max(len(indices) for indices in live)
-            if size == count or any(units.count != count for units in group):
-                continue
+        live = {units: units.live() for units in found}
+        if all(mask.all() for mask in live.values()):
+            continue
+        try:
+            check_norms(model, pattern, found)
+            groups = numbers(model, pattern, found)
+        except ValueError as error:
+            stay.append(f"The zero {pattern} stay: {error}.")
+            continue
+        for number in groups:
             cut: dict[str, dict[int, Tensor]] = {}
+            most = [int(live[units].sum(-1).max()) for units in number.units]
+            size = number.covering(most)
+            if size == number.value:
+                continue
             try:
-                check_norms(model, pattern, found)
-                smaller_config, size = smallest_valid(config, pattern, side, count, size)
-                for units, indices in zip(group, live):
-                    keep(units, _padded(indices, count, size), cut)
+                smaller_config, size = smallest_valid(config, number, size)
+                places = [size * units.count // number.value for units in number.units]
+                for units, places_here in zip(number.units, places):
+                    keep(units, _padded(live[units], places_here), cut)
                 check_shapes(model, smaller_config, {**kept, **cut})
             except ValueError as error:
                 stay.append(f"The zero {pattern} stay: {error}.")
-                logger.warning_once(f"{type(model).__name__}: {stay[-1]}")
                 continue
             config, kept = smaller_config, {**kept, **cut}
-            padded = [units.name for units, indices in zip(group, live) if len(indices) < size]
+            padded = [u.name for u, n in zip(number.units, places) if int(live[u].sum(-1).min()) < n]
             if padded:
                 logger.warning_once(
-                    f"{type(model).__name__}: {size} of {count} {pattern} stay in each layer, more than"
+                    f"{type(model).__name__}: {size} of {number.value} {pattern} stay in each layer, more than"
                     f" {', '.join(padded)} would need: a model's layers are equally wide."
                 )
+    for reason in stay:
+        logger.warning_once(f"{type(model).__name__}: {reason}")
     if not kept:
         raise ValueError(
             f"Nothing of {type(model).__name__} can be cut out. {' '.join(stay)}"
@@ -91,25 +102,19 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
     return smaller
 
 
-def _live(units: Units) -> Tensor:
-    """Indices of the units that write something to the residual stream."""
-    writer = units.slices[-1]
-    return writer.of(writer.param, units.count).flatten(1).any(1).nonzero().view(-1)
-
-
-def _padded(indices: Tensor, count: int, size: int) -> Tensor:
-    """The indices, filled up to `size` with others."""
-    taken = torch.zeros(count, dtype=torch.bool, device=indices.device)
-    taken[indices] = True
-    taken[(~taken).nonzero().view(-1)[: size - len(indices)]] = True
-    return taken.nonzero().view(-1)
+def _padded(live: Tensor, size: int) -> Tensor:
+    """The indices of live units, filled up to `size` with others; of each expert its own."""
+    return (~live).byte().argsort(dim=-1, stable=True)[..., :size].sort().values
 
 
 def _build(model: PreTrainedModel, config, kept: dict[str, dict[int, Tensor]]) -> PreTrainedModel:
     state = {}
     for name, tensor in model.state_dict().items():
         for dim, indices in kept.get(name, {}).items():
-            tensor = tensor.index_select(dim, indices)
+            if indices.dim() == 1:
+                tensor = tensor.index_select(dim, indices)
+            else:  # each expert's own
+                tensor = torch.stack([one.index_select(dim - 1, own) for one, own in zip(tensor, indices)])
         state[name] = tensor
     smaller = type(model)._from_config(config, dtype=model.dtype).to(model.device)
     smaller.load_state_dict(state)

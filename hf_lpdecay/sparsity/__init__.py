@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .report import SparsityReport, measure_sparsity
     from .schedule import PlainSchedule, Ramp
     from .selection import input_dims, match_parameters, participants, select_parameters, selected_units
-    from .units import Units, find_units
+    from .unit_search import find_units
+    from .units import Units
 
 _MODULES = {
     "activations": ("ActivationStatistics",),
@@ -27,7 +28,8 @@ _MODULES = {
     "report": ("SparsityReport", "measure_sparsity"),
     "schedule": ("PlainSchedule", "Ramp"),
     "selection": ("input_dims", "match_parameters", "participants", "select_parameters", "selected_units"),
-    "units": ("Units", "find_units"),
+    "unit_search": ("find_units",),
+    "units": ("Units",),
 }
 __getattr__, __dir__ = attach(__name__, _MODULES)
 

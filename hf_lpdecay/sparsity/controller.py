@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # it checks its pattern with this room
 
 _PLAN = (
     *("lp_lambda", "lp_threshold", "lp_planned", "lp_edge"),
-    *("lp_row", "lp_col", "lp_size", "lp_dim", "lp_rows", "lp_row_sq", "lp_col_sq"),
+    *("lp_row", "lp_col", "lp_size", "lp_dim", "lp_rows", "lp_row_sq", "lp_col_sq", "lp_unit"),
 )
 
 
@@ -37,6 +37,9 @@ class SparsityController:
     [`~.schedule.strength`] is exact. With `trim`, weights of a score of ``q`` and above are exempt from the decay;
     until the next plan the threshold follows the decaying weights down, so that no other weight falls below it. From
     the first plan on, zeros stay zero. With `hard_cut` each plan sets the weights below ``q`` to zero instead.
+
+    Experts that share a 3-D parameter lose equally many neurons each. A plan measures the scores of each expert's
+    neurons by that expert's own ``q`` (`lp_unit`), so that one threshold is right for all of them.
 
     The plan is kept in the optimizer's state, and the pruning mask in the weights' own zeros, so that the optimizer's
     and the model's checkpoints hold everything that a resumed run needs.
@@ -91,7 +94,7 @@ class SparsityController:
         """Give the optimizer the score of each unit, which a weight alone does not have."""
         for units in self._units:
             if any("lp_lambda" in self.optimizer.state[param] for param in units.params):
-                for param, size in units.spread(units.score(self._score)):
+                for param, size in units.spread(self._unit_scores(units)):
                     self.optimizer.state[param]["lp_size"] = placed_like(size, param)
 
     @torch.no_grad()
@@ -173,16 +176,19 @@ class SparsityController:
 
     def _plan(self, step: int, following: int, learning_rates: list[list[float]]) -> None:
         sparsity, p = self.ramp.sparsity(following), norm(self.config, self.ramp.progress(step))
-        counts = torch.stack([sum(histogram(score) for score in self._scores(pool)) for pool in self._pools])
+        measures = {units: self._measure(units, sparsity) for units in self._units if units.experts}
+        counts = torch.stack([sum(histogram(score) for score in self._scores(pool, measures)) for pool in self._pools])
         counts = summed_rows(counts, [self._process_groups(pool) for pool in self._pools])
         edges = lower_edges(counts, [max(1, self._count(pool, sparsity)) for pool in self._pools])
         thresholds = {param: edge for pool, edge in zip(self._pools, edges) for param in self._params_of(pool)}
         self.freeze_zeros()
         if self._compensation is not None:
             for pool, edge in zip(self._pools, edges):
-                masks = (score < edge for score in self._scores(pool))
+                masks = (score < edge for score in self._scores(pool, measures))
                 for param, pruned, already_pruned in self._pruning_masks(pool, masks):
                     self._compensation.apply(param, pruned, already_pruned, gradually=True)
+        for units, measure in measures.items():
+            self.optimizer.state[units.params[0]]["lp_unit"] = measure
         for group, rates in zip(self.optimizer.param_groups, learning_rates):
             if self.config.trim:
                 lp_lambda = strength(p, tuple(rates))
@@ -259,7 +265,7 @@ class SparsityController:
 
     def _count(self, pool: list[Tensor | Units], sparsity: float) -> int:
         if self._units:
-            return round(sparsity * sum(units.count for units in pool))
+            return (pool[0].experts or 1) * round(sparsity * sum(units.count for units in pool))
         return self.pattern.count(sparsity, sum(map(self._numel, pool)))
 
     def _params_of(self, pool: list[Tensor | Units]) -> list[Tensor]:
@@ -283,11 +289,25 @@ class SparsityController:
             else:
                 yield one, mask, already
 
-    def _scores(self, pool: list[Tensor | Units]) -> Iterator[Tensor]:
+    def _scores(self, pool: list[Tensor | Units], measures: dict[Units, Tensor] | None = None) -> Iterator[Tensor]:
         """The scores `r` of what is ranked together, one tensor at a time; of weights, this process's part."""
         for one in pool:
-            score = one.score(self._score) if isinstance(one, Units) else local(self._score(one))
+            units = isinstance(one, Units)
+            score = self._unit_scores(one, (measures or {}).get(one)) if units else local(self._score(one))
             yield score.to(torch.float32)
+
+    def _unit_scores(self, units: Units, measure: Tensor | None = None) -> Tensor:
+        """The scores of units; those of experts by the measure given, or that of the last plan."""
+        if measure is None:
+            measure = self.optimizer.state[units.params[0]].get("lp_unit")
+        score = units.score(self._score)
+        return score if measure is None else score / measure
+
+    def _measure(self, units: Units, sparsity: float) -> Tensor:
+        """The score in each expert below which the next plan's neurons lie, shape (experts, 1)."""
+        count = max(1, round(sparsity * units.count))
+        smallest = units.score(self._score).kthvalue(count, dim=-1, keepdim=True).values
+        return smallest.clamp_min_(torch.finfo(torch.float32).tiny)  # where so many are zero already
 
     def _score(self, param: Tensor) -> Tensor:
         """The scores `r` that the plan ranks and the decay acts on: a new tensor, shaped and placed like `param`."""
@@ -301,6 +321,11 @@ class SparsityController:
 
     def _smallest(self, pool: list[Tensor | Units], count: int) -> Iterator[Tensor]:
         """Masks of exactly the `count` smallest of a pool, at least one; among equals the first ones are taken."""
+        if isinstance(pool[0], Units) and pool[0].experts:  # equally many of each
+            (score,) = self._scores(pool)
+            order = score.argsort(dim=-1, stable=True)[:, : count // len(score)]
+            yield torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, True)
+            return
         groups = self._process_groups(pool)
         threshold, below = kth_smallest(lambda: self._scores(pool), lambda counts: summed(counts, groups), count)
         spare = count - below

@@ -11,6 +11,7 @@ from .activations import ActivationStatistics
 from .calibration import calibrate
 from .compensation import Compensation
 from .controller import SparsityController
+from .experts import expert_weights
 from .patterns import parse_pattern
 from .report import count_nonzero
 from .schedule import DECAY, DENSE, SETTLE, PlainSchedule, Ramp
@@ -208,8 +209,15 @@ class SparsityDriver:
             f"{what} on {len(self.params)} of {len(alike)} {'trained' if trained else 'frozen'} tensors, {numel:,} of"
             f" {total:,} weights ({numel / total:.1%}), {plan}; not on {len(others)} others"
             + (f" ({examples})." if others else ".")
+            + self._describe_experts()
             + self._describe_left_out()
         )
+
+    def _describe_experts(self) -> str:
+        """Which way round the selected matrices of experts are stored, which differs by model."""
+        dims = {dim for name, (_, dim) in expert_weights(self._model).items() if name in self.params}
+        orders = ["input x output" if dim == 0 else "output x input" for dim in sorted(dims)]
+        return f" The experts' matrices are stored as {' and '.join(orders)}." if orders else ""
 
     def _describe_left_out(self) -> str:
         """Which matrices of the blocks take no part, with their share."""

@@ -6,6 +6,7 @@ Every expert's matrix is the weight of a linear layer like any other.
 from collections.abc import Callable, Iterator
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
@@ -68,6 +69,23 @@ def _input_dim(module: nn.Module, name: str, param: Tensor, hidden: int | None) 
             " target_modules."
         )
     return matching[0] if reads else 1 - matching[0]
+
+
+def router_names(model: nn.Module) -> set[str]:
+    """Names of the linear layers that choose or scale experts: those beside the experts, and inside of routers."""
+    found = set()
+    linear = (nn.Linear, BaseTunerLayer)
+    for prefix, module in model.named_modules():
+        children = dict(module.named_children())
+        if type(module).__name__.endswith("Router"):
+            found |= {name for name, m in module.named_modules(prefix=prefix) if isinstance(m, linear)}
+        elif any(name.endswith("experts") for name in children) or any(map(_is_experts, children.values())):
+            found |= {f"{prefix}.{name}" for name, m in children.items() if isinstance(m, linear)}
+    return found
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Experts")
 
 
 def hook_expert_inputs(

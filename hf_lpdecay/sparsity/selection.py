@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .experts import expert_weights
+from .experts import expert_weights, router_names
 from .patterns import Structured, parse_pattern
 from .shrinkable import check_shrinkable
-from .units import Units, check_units, find_units
+from .unit_search import find_units
+from .units import Units, check_units
 
 
 if TYPE_CHECKING:  # it checks its pattern with this room
@@ -187,23 +188,6 @@ def input_dims(model: nn.Module) -> dict[str, int]:
     linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     dims = {names[id(module.weight)]: 0 if isinstance(module, Conv1D) else 1 for module in linears}
     return {**dims, **{name: dim for name, (_, dim) in expert_weights(model).items()}}
-
-
-def router_names(model: nn.Module) -> set[str]:
-    """Names of the linear layers that choose or scale experts: those beside the experts, and inside of routers."""
-    found = set()
-    linear = (nn.Linear, BaseTunerLayer)
-    for prefix, module in model.named_modules():
-        children = dict(module.named_children())
-        if type(module).__name__.endswith("Router"):
-            found |= {name for name, m in module.named_modules(prefix=prefix) if isinstance(m, linear)}
-        elif any(name.endswith("experts") for name in children) or any(map(_is_experts, children.values())):
-            found |= {f"{prefix}.{name}" for name, m in children.items() if isinstance(m, linear)}
-    return found
-
-
-def _is_experts(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Experts")
 
 
 def block_weights_left_out(model: nn.Module, selected: Iterable[str]) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 import copy
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -11,25 +13,94 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .units import Units
 
 
-# What a config.json calls the width of the feed-forward.
-_WIDTH_NAMES = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "hidden_dim")
-_SIDES = ("encoder", "decoder")
+@dataclass(frozen=True)
+class Number:
+    """A number of the config, and the units that there are so many of, or a multiple of it.
+
+    Args:
+        name (`str`): The field of the config; for heads `"num_key_value_heads"`.
+        value (`int`): What it is.
+        units (`list[Units]`): What it counts.
+    """
+
+    name: str
+    value: int
+    units: list[Units]
+
+    def covering(self, counts: Iterable[int]) -> int:
+        """The smallest value at which so many of each of the units have a place."""
+        return max(-(-count * self.value // units.count) for units, count in zip(self.units, counts))
 
 
-def equally_wide(model: PreTrainedModel, pattern: str, found: list[Units]) -> dict[str, list[Units]]:
-    """The units of layers whose width the config says with one number, by the side of the model that they are on.
+def numbers(model: PreTrainedModel, pattern: str, found: list[Units]) -> list[Number]:
+    """Which numbers of the config say how many units there are.
+
+    The number of neurons is looked up by trying: it is the one which, when it is doubled, makes exactly these weights
+    twice as wide. Nothing is allocated.
 
     Args:
         model (`PreTrainedModel`): Holds them.
         pattern (`str`): `"neurons"` or `"heads"`.
         found (`list[Units]`): From [`find_units`].
+
+    Raises:
+        ValueError: If there is none.
     """
-    sides: dict[str, list[Units]] = {}
-    apart = pattern == "neurons" and hasattr(model.config, "encoder_ffn_dim")
+    if pattern == "heads":
+        if any(units.count != found[0].count for units in found):
+            raise ValueError("the layers have different numbers of heads")
+        return [Number("num_key_value_heads", found[0].count, found)]
+    config, left, numbers = model.config, list(found), []
+    while left:
+        shared = ""
+        for name in _candidates(config, left[0].count):
+            value = getattr(config, name) or left[0].count
+            changed = _changed_shapes(model, name, 2 * value)
+            units = [units for units in left if units.slices[0].name in changed]
+            wanted = _doubled(model, units)
+            if units and changed == wanted:
+                break
+            if units and all(changed.get(weight) == shape for weight, shape in wanted.items()):
+                shared = f" alone: {name} is that of {next(iter(changed.keys() - wanted.keys()))} too"
+        else:
+            raise ValueError(f"{type(config).__name__} has no number for the width of {left[0].name}{shared}")
+        numbers.append(Number(name, value, units))
+        left = [units for units in left if units not in numbers[-1].units]
+    return numbers
+
+
+def _candidates(config: PreTrainedConfig, count: int) -> list[str]:
+    """Fields that may say how many neurons there are: the likelier ones first."""
+    fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    found = [name for name, value in fields.items() if type(value) is int and value > 0 and count % value == 0]
+    found = sorted(found, key=lambda name: -fields[name])  # shared experts are several times as wide as others
+    return found + [name for name, value in fields.items() if value is None]
+
+
+def _shapes(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, list[int]]:
+    """The shapes of the parameters of a model of this class that a config describes."""
+    with torch.device("meta"):
+        return {name: list(param.shape) for name, param in type(model)._from_config(config).named_parameters()}
+
+
+def _changed_shapes(model: PreTrainedModel, name: str, value: int) -> dict[str, list[int]]:
+    """The shapes that are others when a field of the config has another value; none where that is not valid."""
+    config = copy.deepcopy(model.config)
+    try:
+        setattr(config, name, value)
+        shapes = _shapes(model, config)
+    except Exception:  # whatever a model says of a config that makes no sense
+        return {}
+    own = {name: list(param.shape) for name, param in model.named_parameters()}
+    return {name: shape for name, shape in shapes.items() if own.get(name) != shape}
+
+
+def _doubled(model: PreTrainedModel, found: list[Units]) -> dict[str, list[int]]:
+    """The shapes of the weights of units, and of their biases, with twice as many units."""
+    kept: dict[str, dict[int, Tensor]] = {}
     for units in found:
-        side = next((side for side in _SIDES if apart and re.search(rf"(^|\.){side}\.", units.name)), "")
-        sides.setdefault(side, []).append(units)
-    return sides
+        keep(units, torch.arange(2 * units.count, device="meta"), kept)
+    return {name: _cut_shape(param, kept[name]) for name, param in model.named_parameters() if name in kept}
 
 
 def check_norms(model: PreTrainedModel, pattern: str, found: list[Units]) -> None:
@@ -53,55 +124,58 @@ def check_norms(model: PreTrainedModel, pattern: str, found: list[Units]) -> Non
             raise ValueError(f"{name} normalizes over all heads")
 
 
-def resized(config: PreTrainedConfig, pattern: str, side: str, count: int, size: int) -> PreTrainedConfig:
-    """A config with `size` of `count` neurons, or heads (key/value groups).
+def smallest_valid(config: PreTrainedConfig, number: Number, size: int) -> tuple[PreTrainedConfig, int]:
+    """The smallest config whose number is at least `size`, and the number that it has.
 
     Raises:
-        ValueError: If the config does not say how many there are.
+        ValueError: If there is none below the present one, or if the config does not say how many heads there are.
     """
-    config = copy.deepcopy(config)
-    if pattern == "neurons":
-        names = [f"{side}_ffn_dim"] if side else [name for name in _WIDTH_NAMES if hasattr(config, name)]
-        if not names:
-            raise ValueError(f"{type(config).__name__} has no number for the feed-forward's width")
-        setattr(config, names[0], size)
-    else:
-        if not hasattr(config, "num_key_value_heads") or config.is_encoder_decoder:
-            raise ValueError(f"{type(config).__name__} cannot say how wide fewer heads are")
-        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        config.num_attention_heads = config.num_attention_heads // count * size
-        config.num_key_value_heads = size
-    return config
-
-
-def smallest_valid(
-    config: PreTrainedConfig, pattern: str, side: str, count: int, size: int
-) -> tuple[PreTrainedConfig, int]:
-    """The smallest config of at least `size` neurons or heads, and how many it has.
-
-    Raises:
-        ValueError: If there is none with fewer than `count`.
-    """
-    for enough in range(size, count):
-        smaller = resized(config, pattern, side, count, enough)
+    for enough in range(size, number.value):
+        smaller = copy.deepcopy(config)
+        if number.name == "num_key_value_heads":
+            _set_heads(smaller, number.value, enough)
+        else:
+            setattr(smaller, number.name, enough)
         try:  # some configs want the hidden size to be a multiple of the heads
             smaller.validate()
         except StrictDataclassClassValidationError:
             continue
         return smaller, enough
-    raise ValueError(f"no smaller number of {pattern} is a valid {type(config).__name__}")
+    what = "heads" if number.name == "num_key_value_heads" else number.name
+    raise ValueError(f"no smaller number of {what} is a valid {type(config).__name__}")
+
+
+def _set_heads(config: PreTrainedConfig, count: int, size: int) -> None:
+    """Leave `size` of `count` heads (key/value groups)."""
+    if not hasattr(config, "num_key_value_heads") or config.is_encoder_decoder:
+        raise ValueError(f"{type(config).__name__} cannot say how wide fewer heads are")
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config.num_attention_heads = config.num_attention_heads // count * size
+    config.num_key_value_heads = size
 
 
 def keep(units: Units, indices: Tensor, kept: dict[str, dict[int, Tensor]]) -> None:
-    """Note which indices of which dimension stay, for each weight and for the biases of those that read."""
+    """Note which indices of which dimension stay, for each weight and for the biases of those that read.
+
+    Args:
+        units (`Units`): What the weights consist of.
+        indices (`torch.Tensor`): The units that stay, shape (n,), or of experts (experts, n).
+        kept (`dict[str, dict[int, torch.Tensor]]`): By parameter name and dimension; added to.
+    """
     for part in units.slices:
-        own = (part.start + indices[:, None] * part.width + torch.arange(part.width, device=indices.device)).view(-1)
-        names = [(part.name, part.dim)]
+        own = part.start + indices[..., None] * part.width + torch.arange(part.width, device=indices.device)
+        first = part.param.dim() - 2  # an expert's matrix and bias have its number in front
+        names = [(part.name, first + part.dim)]
         if part is not units.slices[-1]:
-            names.append((part.name.removesuffix("weight") + "bias", 0))
+            names.append((f"{part.name}_bias" if units.experts else f"{part.name.removesuffix('weight')}bias", first))
         for name, dim in names:
             before = kept.setdefault(name, {}).get(dim)
-            kept[name][dim] = own if before is None else torch.cat([before, own])
+            kept[name][dim] = own.flatten(-2) if before is None else torch.cat([before, own.flatten(-2)], -1)
+
+
+def _cut_shape(param: Tensor, kept: dict[int, Tensor]) -> list[int]:
+    """The shape of a parameter of which some indices stay."""
+    return [kept[dim].shape[-1] if dim in kept else size for dim, size in enumerate(param.shape)]
 
 
 def check_shapes(model: PreTrainedModel, config: PreTrainedConfig, kept: dict[str, dict[int, Tensor]]) -> None:
@@ -115,12 +189,11 @@ def check_shapes(model: PreTrainedModel, config: PreTrainedConfig, kept: dict[st
     Raises:
         ValueError: If it does not.
     """
-    with torch.device("meta"):
-        smaller = dict(type(model)._from_config(config).named_parameters())
+    smaller = _shapes(model, config)
     for name, param in model.named_parameters():
-        shape = [len(kept.get(name, {}).get(dim, range(size))) for dim, size in enumerate(param.shape)]
-        if name not in smaller or list(smaller[name].shape) != shape:
-            wanted = tuple(smaller[name].shape) if name in smaller else "missing"
+        shape = _cut_shape(param, kept.get(name, {}))
+        if smaller.get(name) != shape:
+            wanted = tuple(smaller[name]) if name in smaller else "missing"
             raise ValueError(f"{name} would be {tuple(shape)}, and {type(config).__name__} then makes it {wanted}")
 
 
@@ -139,13 +212,11 @@ def check_shrinkable(model: PreTrainedModel, pattern: str, found: list[Units], s
     config, kept = model.config, {}
     try:
         check_norms(model, pattern, found)
-        for side, group in equally_wide(model, pattern, found).items():
-            count = group[0].count
-            if any(units.count != count for units in group):
-                raise ValueError(f"the layers have different numbers of {pattern}")
-            config, size = smallest_valid(config, pattern, side, count, count - round(sparsity * count))
-            for units in group:
-                keep(units, torch.arange(size), kept)
+        for number in numbers(model, pattern, found):
+            size = number.covering(units.count - round(sparsity * units.count) for units in number.units)
+            config, size = smallest_valid(config, number, size)
+            for units in number.units:
+                keep(units, torch.arange(size * units.count // number.value), kept)
         check_shapes(model, config, kept)
     except ValueError as error:
         raise ValueError(

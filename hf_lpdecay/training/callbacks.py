@@ -20,6 +20,7 @@ from .best import BestFromTarget
 from .checks import check_optimizer, check_ranks, check_same_config
 from .frozen import FrozenBase
 from .learning_rates import learning_rates_of
+from .saved_names import accept_saved_names
 from .zero import ZeroController, find_ranges
 
 
@@ -71,6 +72,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if self._best is not None:
             self._best.on_save()
         return {"args": {"lp_config": asdict(self.lp_config), "names": self.names}, "attributes": {}}
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs):
+        accept_saved_names(unwrapped(model))  # a run is resumed before training begins
 
     def on_train_begin(
         self,

@@ -22,6 +22,8 @@ from .frozen import find_frozen_base
 from .frozen_trainer import FrozenBaseMixin
 from .optimizers import ADAMW, check_optim, config_for
 from .record import card_facts, write_record
+from .saved_names import accept_saved_names
+from .zero import check_matrices
 
 
 class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
@@ -67,7 +69,11 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
         self.lp_facts: dict[str, Any] = {}
         self._check_can_decay()
         # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
-        self._lp_names = list(participants(model, lp_config) if self._frozen is None else self._frozen.params)
+        accept_saved_names(model)
+        params = participants(model, lp_config) if self._frozen is None else self._frozen.params
+        if self.is_deepspeed_enabled:
+            check_matrices(params)
+        self._lp_names = list(params)
         self.add_callback(SparsityCallback(lp_config, self._lp_names))
         self._sparsity_callback().frozen = self._frozen
         # Made now as well: when a run is resumed, the model is no longer what it was when training began.

@@ -131,12 +131,7 @@ def find_ranges(optimizer: AcceleratedOptimizer, params: dict[str, nn.Parameter]
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    experts = [name for name, param in params.items() if param.dim() == 3]
-    if experts:
-        raise ValueError(
-            f"DeepSpeed's flat partitions do not hold experts' 3-D parameters such as {experts[0]} as matrices: use"
-            " FSDP2 or DDP, or leave them out with exclude_modules."
-        )
+    check_matrices(params)
     zero = optimizer.optimizer
     if not isinstance(zero, DeepSpeedZeroOptimizer):
         raise ValueError(
@@ -162,6 +157,16 @@ def find_ranges(optimizer: AcceleratedOptimizer, params: dict[str, nn.Parameter]
             numel = min(weight.numel() - start, size)
             found[names[weight]] = WeightRange(weight, partition, start, numel, group)
     return {name: found[name] for name in params}
+
+
+def check_matrices(params: dict[str, nn.Parameter]) -> None:
+    """Raise a `ValueError` if there are weights of experts among those that become sparse."""
+    experts = [name for name, param in params.items() if param.dim() == 3]
+    if experts:
+        raise ValueError(
+            f"DeepSpeed's flat partitions do not hold experts' 3-D parameters such as {experts[0]} as matrices: use"
+            " FSDP2 or DDP, or leave them out with exclude_modules."
+        )
 
 
 def check_zero(plugin: DeepSpeedPlugin, config: LpDecayConfig) -> None:
