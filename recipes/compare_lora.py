@@ -31,8 +31,6 @@ class CompareLoraArguments(finetune.ScriptArguments):
 
     init_from: list[str] = field(default_factory=list, metadata={"help": "Folders of sparse models."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Their scale, times the rank."})
     lora_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the adapters."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds to repeat everything with."})
     results_file: str = field(default="outputs/compare-lora.json", metadata={"help": "JSON file to write."})

@@ -46,6 +46,11 @@ class FrozenBase:
         self.config = config
         self.reset()
 
+    @property
+    def changes(self) -> bool:
+        """Whether there is a target; otherwise the base only keeps the zeros that it has."""
+        return self.config.target_sparsity is not None
+
     def reset(self) -> None:
         """Forget the plan, for a new run."""
         options = {"p": self.config.p, "lp_lambda": 0.0, "freeze_zeros": False, "post_step": False, "s_rate": 1.0}
@@ -124,13 +129,14 @@ def find_frozen_base(model: nn.Module, config: LpDecayConfig, main_process: bool
 
     Returns:
         `FrozenBase`, *optional*: With the config that holds for it; `None` if the base is trained, there are no
-            adapters, or there is no target.
+            adapters, or neither a target nor frozen zeros are asked for.
 
     Raises:
         ValueError: If the base is quantized or in several processes' pieces, if adapters cannot be masked, or if the
             config asks for what frozen weights do not have.
     """
-    if config.target_sparsity is None or config.pattern == "rank" or not isinstance(model, PeftModel):
+    keeps_zeros = config.freeze_zeros and not config.lp_lambda
+    if not (config.target_sparsity or keeps_zeros) or config.pattern == "rank" or not isinstance(model, PeftModel):
         return None
     base = model.get_base_model()
     params = match_parameters(base, config.target_modules, config.exclude_modules)
@@ -147,13 +153,14 @@ def find_frozen_base(model: nn.Module, config: LpDecayConfig, main_process: bool
     parse_pattern(config.pattern).check_all(params, input_dims(base))
     if config.importance_is_default and config.importance == "adam":
         config = dataclasses.replace(config, importance="activation")
-    mask_lora(model, becoming_sparse=params.values())
+    frozen = FrozenBase(base, params, config)
+    mask_lora(model, becoming_sparse=params.values() if frozen.changes else ())
     if main_process:
         tqdm.write(
-            "The base is frozen and becomes sparse while the adapters learn. They are masked by its zeros, so that they"
-            " can be merged without loss: trainer.merge_adapters()."
+            f"The base is frozen{', and becomes sparse while the adapters learn' if frozen.changes else ''}. The"
+            " adapters are masked by its zeros, so that they can be merged without loss: trainer.merge_adapters()."
         )
-    return FrozenBase(base, params, config)
+    return frozen
 
 
 def _check(base: nn.Module, params: dict[str, Tensor], config: LpDecayConfig) -> None:

@@ -34,7 +34,8 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
 
     Where the model is a `PeftModel` whose selected base weights are frozen, a target makes them sparse while the
     adapters learn: LoRA adapters are masked for it, other ones refused. The base's weights decay after each step, with
-    the adapters' learning rate; they have neither gradients nor moments. [`merge_adapters`] gives the sparse model.
+    the adapters' learning rate; they have neither gradients nor moments. With `freeze_zeros=True` alone the adapters
+    are masked, and the base stays as it is. [`merge_adapters`] gives the sparse model.
 
     A loss or gradient that is not finite stops the run before a weight is touched. With a gradient scaler (fp16)
     such a step is skipped, decay included, until no scaling is left that could be to blame. Checkpoints are written
