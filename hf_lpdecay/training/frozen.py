@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -132,8 +131,8 @@ def find_frozen_base(model: nn.Module, config: LpDecayConfig, main_process: bool
             adapters, or neither a target nor frozen zeros are asked for.
 
     Raises:
-        ValueError: If the base is quantized or in several processes' pieces, if adapters cannot be masked, or if the
-            config asks for what frozen weights do not have.
+        ValueError: If the base is quantized, if adapters cannot be masked, or if the config asks for what frozen
+            weights do not have.
     """
     keeps_zeros = config.freeze_zeros and not config.lp_lambda
     if not (config.target_sparsity or keeps_zeros) or config.pattern == "rank" or not isinstance(model, PeftModel):
@@ -163,6 +162,15 @@ def find_frozen_base(model: nn.Module, config: LpDecayConfig, main_process: bool
     return frozen
 
 
+def check_whole(kind: DistributedType) -> None:
+    """Raise where each process holds parts of the frozen base only."""
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"Under {kind.value} a process holds parts of the frozen base only, and its decay needs whole tensors:"
+            " train with DDP or in one process."
+        )
+
+
 def _check(base: nn.Module, params: dict[str, Tensor], config: LpDecayConfig) -> None:
     """Raise where frozen weights cannot be made sparse."""
     quantized = next((name for name, param in params.items() if is_quantized_weight(param)), None)
@@ -170,12 +178,6 @@ def _check(base: nn.Module, params: dict[str, Tensor], config: LpDecayConfig) ->
         raise ValueError(
             f"{quantized or 'The base'} is quantized, and a decay needs values between those that a quantized weight"
             " can have: make the model sparse first, quantize it then, and train masked adapters (mask_lora) on it."
-        )
-    kind = AcceleratorState().distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"Under {kind.value} a process holds parts of the frozen base only, and its decay needs whole tensors:"
-            " train with DDP or in one process."
         )
     if config.importance == "adam" and not config.importance_is_default:
         raise ValueError(

@@ -18,7 +18,7 @@ from .callbacks import SparsityCallback, unwrapped
 from .checkpoints import WholeCheckpointsMixin, last_whole_checkpoint
 from .checks import check_sharding
 from .distillation import Distiller, logits_of
-from .frozen import find_frozen_base
+from .frozen import check_whole, find_frozen_base
 from .frozen_trainer import FrozenBaseMixin
 from .optimizers import ADAMW, check_optim, config_for
 from .record import card_facts, write_record
@@ -63,6 +63,7 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
             check_optim(self.args.optim, lp_config)
             self.lp_config = config_for(self.args.optim, lp_config)
         else:
+            check_whole(self.accelerator.distributed_type)
             self.lp_config = self._frozen.config
         lp_config = self.lp_config
         self.lp_facts: dict[str, Any] = {}
