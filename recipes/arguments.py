@@ -8,9 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from peft import LoraConfig
 from transformers import HfArgumentParser
 
 from hf_lpdecay import LpDecayConfig
+
+
+@dataclasses.dataclass
+class AdapterArguments:
+    """Adapters in place of all weights, as TRL's `ModelConfig` names them. The base is frozen: with a target it becomes
+    sparse while masked adapters learn, with `freeze_zeros` it is sparse already."""
+
+    use_peft: bool = dataclasses.field(default=False, metadata={"help": "Train a masked LoRA on a frozen base."})
+    lora_r: int = dataclasses.field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = dataclasses.field(default=32, metadata={"help": "Their scale, times the rank."})
+    lora_dropout: float = dataclasses.field(default=0.0, metadata={"help": "Dropout in front of them."})
+    lora_target_modules: list[str] = dataclasses.field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Modules that are adapted."}
+    )
+
+    def lora_config(self, task_type: str) -> LoraConfig:
+        """PEFT's config of these adapters, for a task as PEFT names it."""
+        modules = self.lora_target_modules
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules="all-linear" if list(modules) == ["all-linear"] else modules,
+            task_type=task_type,
+        )
 
 
 def parse_recipe(

@@ -1,6 +1,10 @@
 """Compare ways to fine-tune a sparse model with adapters: LoRA merged by dropping, masked LoRA, all weights.
 
-accelerate launch recipes/compare_lora.py --init_from path/to/wanda-50 path/to/sparsegpt-50 --seeds 0 1 2
+    accelerate launch recipes/compare_lora.py --init_from path/to/wanda-50 path/to/sparsegpt-50 --seeds 0 1 2
+
+Beside them, the dense model whose frozen base becomes sparse while masked adapters learn:
+
+    accelerate launch recipes/compare_lora.py --methods frozen-base --target_sparsity 0.5 --seeds 0 1 2
 """
 
 import dataclasses
@@ -14,7 +18,8 @@ from pathlib import Path
 
 import finetune
 from compare import check_compared
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
+from pypi_models import resolve_model
 from tasks import Task
 from transformers import Trainer, set_seed
 
@@ -22,7 +27,9 @@ from hf_lpdecay import LpDecayConfig, LpDecayTrainer, mask_lora, measure_sparsit
 from hf_lpdecay.files import write_text
 
 
-METHODS = ("lora", "masked-lora", "all-weights")
+ON_SPARSE = ("lora", "masked-lora", "all-weights")
+# This one starts from the dense model.
+METHODS = (*ON_SPARSE, "frozen-base")
 
 
 @dataclass
@@ -30,9 +37,7 @@ class CompareLoraArguments(finetune.ScriptArguments):
     """What is compared."""
 
     init_from: list[str] = field(default_factory=list, metadata={"help": "Folders of sparse models."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Their scale, times the rank."})
+    methods: list[str] = field(default_factory=lambda: list(ON_SPARSE), metadata={"help": f"Of {', '.join(METHODS)}."})
     lora_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the adapters."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds to repeat everything with."})
     results_file: str = field(default="outputs/compare-lora.json", metadata={"help": "JSON file to write."})
@@ -46,32 +51,39 @@ class CompareLoraArguments(finetune.ScriptArguments):
 
 def main(argv: list[str]) -> int:
     try:
-        script, _, args, given = finetune.parse(argv, CompareLoraArguments, __doc__)
-        if not script.init_from:
-            raise ValueError("Which sparse models? Name their folders with --init_from.")
-        task = finetune.load_task(dataclasses.replace(script, model_name_or_path=script.init_from[0]))
+        script, lp_config, args, given = finetune.parse(argv, CompareLoraArguments, __doc__)
+        plan = runs_of(script)
+        task = finetune.load_task(dataclasses.replace(script, model_name_or_path=plan[0][0]))
     except (ValueError, OSError) as error:
         print(f"compare_lora.py: error: {error}", file=sys.stderr)
         return 2
     args.save_strategy = "no"
     runs = []
     for seed in script.seeds:
-        for folder in script.init_from:
-            for method in script.methods:
-                found = run(script, args, task, folder, method, seed)
-                runs.append({"base": Path(folder).name, "method": method, "seed": seed, **found})
-                print(json.dumps(runs[-1]), flush=True)
-                # Written after every run, so that nothing is lost.
-                Path(script.results_file).parent.mkdir(parents=True, exist_ok=True)
-                write_text(script.results_file, json.dumps({"options": given, "runs": runs}, indent=2) + "\n")
+        for folder, method in plan:
+            found = run(script, lp_config, args, task, folder, method, seed)
+            runs.append({"base": Path(folder).name, "method": method, "seed": seed, **found})
+            print(json.dumps(runs[-1]), flush=True)
+            # Written after every run, so that nothing is lost.
+            Path(script.results_file).parent.mkdir(parents=True, exist_ok=True)
+            write_text(script.results_file, json.dumps({"options": given, "runs": runs}, indent=2) + "\n")
     print(f"\n{table(runs)}\n\nwritten to {script.results_file}")
     return 0
 
 
-def run(script, args, task: Task, folder: str, method: str, seed: int) -> dict[str, float]:
-    """Train one sparse model in one way, and evaluate it in float32 before and after the merge."""
+def runs_of(script: CompareLoraArguments) -> list[tuple[str, str]]:
+    """The model and the method of each run of a seed."""
+    on_sparse = [method for method in script.methods if method in ON_SPARSE]
+    if on_sparse and not script.init_from:
+        raise ValueError(f"Which sparse models for {', '.join(on_sparse)}? Name their folders with --init_from.")
+    plan = [(folder, method) for folder in script.init_from for method in on_sparse]
+    return plan + [(script.model_name_or_path, method) for method in script.methods if method not in ON_SPARSE]
+
+
+def run(script, lp_config: LpDecayConfig, args, task: Task, folder: str, method: str, seed: int) -> dict[str, float]:
+    """Train one model in one way, and evaluate it in float32 before and after the merge."""
     set_seed(seed)
-    model = task.load_model(folder)
+    model = task.load_model(resolve_model(folder))
     args = dataclasses.replace(args, seed=seed)
     options = {
         "train_dataset": task.train,
@@ -82,11 +94,11 @@ def run(script, args, task: Task, folder: str, method: str, seed: int) -> dict[s
         trainer = LpDecayTrainer(model=model, args=args, lp_config=LpDecayConfig(freeze_zeros=True), **options)
     else:
         args.learning_rate = script.lora_learning_rate
-        config = LoraConfig(
-            r=script.lora_r, lora_alpha=script.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(model, config)
-        trainer = Trainer(model=mask_lora(model) if method == "masked-lora" else model, args=args, **options)
+        model = get_peft_model(model, script.lora_config("CAUSAL_LM"))
+        if method == "frozen-base":
+            trainer = LpDecayTrainer(model=model, args=args, lp_config=lp_config, **options)
+        else:
+            trainer = Trainer(model=mask_lora(model) if method == "masked-lora" else model, args=args, **options)
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started

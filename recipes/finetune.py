@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import PartialState
-from arguments import parse_recipe
+from arguments import AdapterArguments, parse_recipe
 from data import check_files, data_facts
+from peft import get_peft_model
 from pypi_models import license_of, resolve_model
 from run_folder import claim_folder, stopped
 from tasks import TASKS, Task, TaskArguments
@@ -26,11 +27,20 @@ from hf_lpdecay import LpDecayConfig
 from hf_lpdecay.training import FullDiskError, naming_a_full_disk, write_record
 
 
+# As PEFT names the tasks.
+TASK_TYPES = {
+    "causal-lm": "CAUSAL_LM",
+    "text-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+    "summarization": "SEQ_2_SEQ_LM",
+    "translation": "SEQ_2_SEQ_LM",
+}
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "smollm2-135m" / "causal-lm.yaml"
 
 
 @dataclass
-class ScriptArguments(TaskArguments):
+class ScriptArguments(AdapterArguments, TaskArguments):
     """What is trained, on which data."""
 
     config: str = field(
@@ -61,6 +71,8 @@ def main(argv: list[str]) -> int:
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
         seconds = time.monotonic() - started
+        if trainer.has_frozen_base:
+            trainer.merge_adapters()
         with naming_a_full_disk(args.output_dir):
             trainer.save_model()
     except (KeyboardInterrupt, FullDiskError) as error:
@@ -118,6 +130,8 @@ def make_trainer(script: ScriptArguments, lp_config: LpDecayConfig, args: Traini
     with PartialState().local_main_process_first():
         path = resolve_model(script.model_name_or_path)
     model = task.load_model(path)
+    if script.use_peft:
+        model = get_peft_model(model, script.lora_config(TASK_TYPES[script.task]))
     return task.trainer_class(
         model=model,
         args=args,
@@ -139,9 +153,13 @@ def announcement(script: ScriptArguments, lp_config: LpDecayConfig, trainer) -> 
     """What the run will do, in one line."""
     args = trainer.args
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    goal = f"to {lp_config.target_sparsity:.0%} zeros ({lp_config.pattern})" if lp_config.target_sparsity else "dense"
+    goal = "with its zeros frozen" if lp_config.freeze_zeros else "dense"
+    if lp_config.target_sparsity:
+        goal = f"to {lp_config.target_sparsity:.0%} zeros ({lp_config.pattern})"
     if lp_config.lp_lambda:
         goal = f"with lp_lambda={lp_config.lp_lambda:g}"
+    if script.use_peft:
+        goal += f", by masked LoRA of rank {script.lora_r}"
     where = (
         f"{torch.get_num_threads()} CPU threads" if args.use_cpu else f"{args.world_size} {args.device.type} device(s)"
     )

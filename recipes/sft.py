@@ -1,7 +1,8 @@
-"""Supervised fine-tuning with TRL that makes the model sparse, or finds the ranks of a LoRA.
+"""Supervised fine-tuning with TRL that makes the model sparse, by all weights or under a LoRA, or finds a LoRA's ranks.
 
     accelerate launch recipes/sft.py
     accelerate launch recipes/sft.py --config recipes/configs/smollm2-135m/lora-rank.yaml
+    accelerate launch recipes/sft.py --config recipes/configs/smollm2-135m/sft-frozen-base.yaml
 
 The options are TRL's own (SFTConfig and ModelConfig) and those of LpDecayConfig.
 """
@@ -14,6 +15,7 @@ import finetune
 from accelerate import PartialState
 from arguments import parse_recipe
 from data import BUILTIN, DataArguments, check_files, data_facts, head, load_texts
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from pypi_models import license_of, resolve_model
 from run_folder import claim_folder, stopped
@@ -53,6 +55,8 @@ def main(argv: list[str]) -> int:
         found = {"before": before, "after": results(trainer)}
         if lp_config.pattern == "rank":
             trim_rank(trainer.model)
+        if trainer.has_frozen_base:
+            trainer.merge_adapters()
         with naming_a_full_disk(args.output_dir):
             trainer.save_model()
     except (KeyboardInterrupt, FullDiskError) as error:
@@ -108,7 +112,7 @@ def report(script, trainer: LpDecaySFTTrainer, model_args: ModelConfig, found: d
     facts = data_facts(script)
     dtype = "bfloat16 autocast" if trainer.args.bf16 else model_args.dtype
     facts["evaluated_on"] |= {"examples": len(trainer.eval_dataset), "dtype": dtype}
-    if model_args.use_peft:
+    if isinstance(trainer.model, PeftModel):
         sparsity = measure_sparsity(trainer.model)
         layers = {n: m for n, m in trainer.model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
         ranks = {n: m.r["default"] for n, m in layers.items()}

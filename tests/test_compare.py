@@ -78,11 +78,18 @@ def test_adapters_on_a_sparse_model_side_by_side(command, language_model, tmp_pa
     model.save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(language_model).save_pretrained(tmp_path / "half")
     results = tmp_path / "lora.json"
-    flags = ["--max_steps", "3", "--lp_lambda", "0", "--results_file", str(results)]
-    assert compare_lora.main([*command, *flags, "--init_from", str(tmp_path / "half")]) == 0
+    flags = ["--max_steps", "24", "--target_sparsity", "0.5", "--results_file", str(results)]
+    methods = ["--methods", *compare_lora.METHODS]
+    assert compare_lora.main([*command, *flags, *methods, "--init_from", str(tmp_path / "half")]) == 0
     runs = {run["method"]: run for run in json.loads(results.read_text())["runs"]}
     assert list(runs) == list(compare_lora.METHODS)
     assert all(run["sparsity"] == 0.5 for run in runs.values())
-    assert runs["masked-lora"]["merged"] == pytest.approx(runs["masked-lora"]["unmerged"], rel=1e-5)
+    for method in ("masked-lora", "frozen-base"):
+        assert runs[method]["merged"] == pytest.approx(runs[method]["unmerged"], rel=1e-5)
+    assert compare_lora.main([*command, *flags, "--methods", "frozen-base"]) == 0
+    again = json.loads(results.read_text())["runs"]
+    assert [run["merged"] for run in again] == [runs["frozen-base"]["merged"]]
+    assert compare_lora.main([*command, *flags]) == 2
+    assert "Which sparse models for lora, masked-lora, all-weights?" in capsys.readouterr().err
     assert compare_lora.main([*command, *flags, "--init_from", str(tmp_path / "none")]) == 2
     assert "there is no config.json in it" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import worker
+from accelerate.utils import DistributedType
 from conftest import (
     frozen_llama,
     make_params,
@@ -24,6 +25,7 @@ from hf_lpdecay import LpAdamW, LpDecayConfig, load_masked_lora, measure_sparsit
 from hf_lpdecay.optim import decay as decay_module
 from hf_lpdecay.optim.decay import Batches, decay_
 from hf_lpdecay.sparsity import participants
+from hf_lpdecay.training.frozen import check_whole
 
 
 HALF = {"target_sparsity": 0.5, "scope": "layer"}
@@ -252,5 +254,8 @@ def test_what_cannot_be_made_sparse_is_refused_before_training(tmp_path):
     refused("is quantized, and a decay needs values", model=quantized)
     with pytest.raises(ValueError, match="made sparse by LpDecayTrainer"):
         participants(frozen_llama(), LpDecayConfig(**HALF))
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        with pytest.raises(ValueError, match=f"Under {kind.value} a process holds parts of the frozen base only"):
+            check_whole(kind)
     with pytest.raises(TypeError, match="has no adapters to merge"):
         trainer_for(tmp_path, LpDecayConfig(**HALF), data=(token_rows(8), token_rows(8))).merge_adapters()

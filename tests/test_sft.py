@@ -75,6 +75,16 @@ def test_a_lora_finds_its_ranks_and_plain_peft_loads_it(flags, tmp_path, capsys)
     assert "ranks in 14 layers, of 224" in capsys.readouterr().out
 
 
+def test_masked_lora_on_a_frozen_base_and_on_the_sparse_model_of_it(flags, tmp_path):
+    for name, steps in (("frozen-base", "24"), ("masked-lora", "2")):
+        folder = tmp_path / name
+        options = ["--output_dir", str(folder), "--max_steps", steps]
+        if name == "masked-lora":  # on what the first one has written
+            options += ["--model_name_or_path", str(tmp_path / "frozen-base")]
+        assert sft.main(["--config", str(CONFIGS / f"sft-{name}.yaml"), *flags, *options]) == 0
+        assert measure_sparsity(AutoModelForCausalLM.from_pretrained(folder)).sparsity == pytest.approx(0.5, abs=1e-4)
+
+
 def test_wrong_arguments_end_with_a_message(flags, capsys):
     assert sft.main(["--config", str(CONFIGS / "sft.yaml"), *flags, "--pattern", "rank"]) == 2
     assert "pattern='rank' finds the ranks of a LoRA: add --use_peft" in capsys.readouterr().err

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -45,6 +44,11 @@ class FrozenBase:
         self.params = params
         self.config = config
         self.reset()
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is a target; otherwise the base only keeps the zeros that it has."""
+        return self.config.target_sparsity is not None
 
     def reset(self) -> None:
         """Forget the plan, for a new run."""
@@ -124,13 +128,14 @@ def find_frozen_base(model: nn.Module, config: LpDecayConfig, main_process: bool
 
     Returns:
         `FrozenBase`, *optional*: With the config that holds for it; `None` if the base is trained, there are no
-            adapters, or there is no target.
+            adapters, or neither a target nor frozen zeros are asked for.
 
     Raises:
-        ValueError: If the base is quantized or in several processes' pieces, if adapters cannot be masked, or if the
-            config asks for what frozen weights do not have.
+        ValueError: If the base is quantized, if adapters cannot be masked, or if the config asks for what frozen
+            weights do not have.
     """
-    if config.target_sparsity is None or config.pattern == "rank" or not isinstance(model, PeftModel):
+    keeps_zeros = config.freeze_zeros and not config.lp_lambda
+    if not (config.target_sparsity or keeps_zeros) or config.pattern == "rank" or not isinstance(model, PeftModel):
         return None
     base = model.get_base_model()
     params = match_parameters(base, config.target_modules, config.exclude_modules)
@@ -147,13 +152,23 @@ def find_frozen_base(model: nn.Module, config: LpDecayConfig, main_process: bool
     parse_pattern(config.pattern).check_all(params, input_dims(base))
     if config.importance_is_default and config.importance == "adam":
         config = dataclasses.replace(config, importance="activation")
-    mask_lora(model, becoming_sparse=params.values())
+    frozen = FrozenBase(base, params, config)
+    mask_lora(model, becoming_sparse=params.values() if frozen.changes else ())
     if main_process:
         tqdm.write(
-            "The base is frozen and becomes sparse while the adapters learn. They are masked by its zeros, so that they"
-            " can be merged without loss: trainer.merge_adapters()."
+            f"The base is frozen{', and becomes sparse while the adapters learn' if frozen.changes else ''}. The"
+            " adapters are masked by its zeros, so that they can be merged without loss: trainer.merge_adapters()."
         )
-    return FrozenBase(base, params, config)
+    return frozen
+
+
+def check_whole(kind: DistributedType) -> None:
+    """Raise where each process holds parts of the frozen base only."""
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"Under {kind.value} a process holds parts of the frozen base only, and its decay needs whole tensors:"
+            " train with DDP or in one process."
+        )
 
 
 def _check(base: nn.Module, params: dict[str, Tensor], config: LpDecayConfig) -> None:
@@ -163,12 +178,6 @@ def _check(base: nn.Module, params: dict[str, Tensor], config: LpDecayConfig) ->
         raise ValueError(
             f"{quantized or 'The base'} is quantized, and a decay needs values between those that a quantized weight"
             " can have: make the model sparse first, quantize it then, and train masked adapters (mask_lora) on it."
-        )
-    kind = AcceleratorState().distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"Under {kind.value} a process holds parts of the frozen base only, and its decay needs whole tensors:"
-            " train with DDP or in one process."
         )
     if config.importance == "adam" and not config.importance_is_default:
         raise ValueError(

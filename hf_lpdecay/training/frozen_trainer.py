@@ -27,6 +27,11 @@ class FrozenBaseMixin:
 
     _frozen: FrozenBase | None = None
 
+    @property
+    def has_frozen_base(self) -> bool:
+        """Whether masked adapters are trained on a frozen base, so that [`merge_adapters`] loses nothing."""
+        return self._frozen is not None
+
     @torch.no_grad()
     def merge_adapters(self) -> nn.Module:
         """Merge the adapters into the base: the trainer's model is a plain sparse model afterwards.
@@ -46,15 +51,18 @@ class FrozenBaseMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `Trainer.save_model` does, and with an adapter the base that became sparse for it."""
-        folder, frozen = output_dir or self.args.output_dir, self._frozen if self.args.should_save else None
-        if frozen is not None:
+        folder = output_dir or self.args.output_dir
+        if self._base_changes() and self.args.should_save:
             update_mask_record(unwrapped(self.model))
             Path(folder).mkdir(parents=True, exist_ok=True)
             if _internal_call:
-                frozen.save(folder)
+                self._frozen.save(folder)
             else:  # before it may be pushed
                 self._save_base(Path(folder))
         super().save_model(output_dir, _internal_call)
+
+    def _base_changes(self) -> bool:
+        return self._frozen is not None and self._frozen.changes
 
     def _save_base(self, folder: Path) -> None:
         aside = folder / f"{BASE_FOLDER}.tmp"
@@ -66,7 +74,7 @@ class FrozenBaseMixin:
         os.rename(aside, folder / BASE_FOLDER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._frozen is not None:
+        if self._base_changes():
             self._frozen.load(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -18,7 +18,7 @@ from .callbacks import SparsityCallback, unwrapped
 from .checkpoints import WholeCheckpointsMixin, last_whole_checkpoint
 from .checks import check_sharding
 from .distillation import Distiller, logits_of
-from .frozen import find_frozen_base
+from .frozen import check_whole, find_frozen_base
 from .frozen_trainer import FrozenBaseMixin
 from .optimizers import ADAMW, check_optim, config_for
 from .record import card_facts, write_record
@@ -36,7 +36,8 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
 
     Where the model is a `PeftModel` whose selected base weights are frozen, a target makes them sparse while the
     adapters learn: LoRA adapters are masked for it, other ones refused. The base's weights decay after each step, with
-    the adapters' learning rate; they have neither gradients nor moments. [`merge_adapters`] gives the sparse model.
+    the adapters' learning rate; they have neither gradients nor moments. With `freeze_zeros=True` alone the adapters
+    are masked, and the base stays as it is. [`merge_adapters`] gives the sparse model.
 
     A loss or gradient that is not finite stops the run before a weight is touched. With a gradient scaler (fp16)
     such a step is skipped, decay included, until no scaling is left that could be to blame. Checkpoints are written
@@ -64,6 +65,7 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
             check_optim(self.args.optim, lp_config)
             self.lp_config = config_for(self.args.optim, lp_config)
         else:
+            check_whole(self.accelerator.distributed_type)
             self.lp_config = self._frozen.config
         lp_config = self.lp_config
         self.lp_facts: dict[str, Any] = {}
