@@ -26,12 +26,13 @@ from ..artifacts.hub import PACKED_FOLDER
 from ..artifacts.packed import read_packed
 from ..sparsity.checkpoint import model_class, weight_files
 from ..sparsity.selection import Modules, match_layers
-from .convert import keeps_float32, layer_bytes, tell, to_sparse
+from .convert import Tally, keeps_float32, take_experts, to_sparse
 from .encoding import decode, encode, pad_rows, to_columns
+from .experts import match_experts
 from .head import pack_head
 from .kernels import PADDING, Weight, kernel_for
 from .sparse_linear import DTYPES, SparseLinear
-from .speed import MIN_SPARSITY, choose_encoding
+from .speed import choose_encoding
 
 
 logger = logging.get_logger(__name__)
@@ -101,7 +102,7 @@ def load_sparse(
     layers = match_layers(model, target_modules, exclude_modules)
     for name in [name for name in layers if keeps_float32(model, name)]:
         del layers[name]
-    loader = _Loader(model, layers, dtype)
+    loader = _Loader(model, layers, match_experts(model, target_modules, exclude_modules), dtype)
     for name, kind, shape, parts in tqdm(_read(folder, packed), desc="Loading", unit=" tensors", leave=False):
         loader.take(name, kind, shape, parts)
     model.tie_weights()
@@ -143,9 +144,9 @@ def find_folder(path: str | os.PathLike, revision: str | None = None, token: str
 class _Loader:
     """Puts one tensor after the other into a model without weights."""
 
-    def __init__(self, model: PreTrainedModel, layers: dict[str, nn.Module], dtype: torch.dtype | None):
-        self.model, self.layers, self.dtype = model, layers, dtype
-        self.replaced = self.few = self.before = self.after = 0
+    def __init__(self, model: PreTrainedModel, layers: dict[str, nn.Module], experts: dict[str, int], dtype: Any):
+        self.model, self.layers, self.experts, self.dtype = model, layers, experts, dtype
+        self.tally = Tally()
 
     def take(self, name: str, kind: str, shape: list[int], parts: Iterator[_Parts]) -> None:
         """Put a tensor where it belongs."""
@@ -168,6 +169,8 @@ class _Loader:
             self._take_layer(owner_name, owner, stored, dtype, shape, parts)
         elif leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(_whole(stored, shape, parts).to(dtype), requires_grad=False)
+            if name in self.experts and dtype in DTYPES:
+                take_experts(self.model, name, self.experts[name], None, self.tally)
         else:
             owner._buffers[leaf] = _whole(stored, shape, parts).to(dtype)
 
@@ -177,13 +180,11 @@ class _Loader:
         weight = weight._replace(values=weight.values.to(dtype))
         numel = math.prod(shape)
         sparsity = 1 - int(weight.starts[-1]) / max(1, numel)
-        self.before += numel * dtype.itemsize
-        self.few += sparsity < MIN_SPARSITY
         like = torch.empty(1, dtype=dtype).expand(*(reversed(shape) if transposed else shape))
         columns = choose_encoding(like, sparsity)
         if columns is None:
             module.weight = nn.Parameter(decode(weight), requires_grad=False)
-            self.after += module.weight.nbytes
+            self.tally.add(None, module.weight.nbytes, sparsity)
             return
         if transposed:
             weight = encode(decode(weight).t(), columns=columns)
@@ -192,8 +193,7 @@ class _Loader:
         new = SparseLinear(weight, None, transposed)
         new.bias = module.bias
         self.model.set_submodule(name, new)
-        self.replaced += 1
-        self.after += layer_bytes(new)
+        self.tally.add(new, numel * dtype.itemsize, sparsity)
 
     def tell(self) -> None:
         """Say what was done."""
@@ -201,7 +201,7 @@ class _Loader:
         if isinstance(kernel, str):
             logger.warning_once(f"{kernel} The layers stay dense, and the model as slow and as large as it is.")
         else:
-            tell(self.replaced, len(self.layers), self.few, self.before, self.after)
+            self.tally.tell()
 
 
 def _read(folder: Path, packed: bool) -> Iterator[tuple[str, str, list[int], Iterator[_Parts]]]:
