@@ -34,8 +34,9 @@ def to_sparse(
     takes the dense model's memory. [`to_dense`] gives the dense model back.
 
     Args:
-        model (`nn.Module`): Any model with `nn.Linear`, `Conv1D` or experts' 3-D parameters, on a CPU (compiled kernels for AVX-512, AVX2 and
-            NEON) or a CUDA device (a Triton kernel, for a bit mask and up to 8 tokens at a time).
+        model (`nn.Module`): Any model with `nn.Linear`, `Conv1D` or experts' 3-D parameters, on a CPU
+            (compiled kernels for AVX-512, AVX2 and NEON) or a CUDA device (a Triton kernel, for a bit mask and up to 8
+            tokens at a time).
         target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): Which layers, spelt as in
             [`~hf_lpdecay.LpDecayConfig`].
         exclude_modules (`list[str]` or `str`, *optional*): Which of them not.

@@ -22,7 +22,9 @@ class SparseMatrix(SparseLinear):
         """`F.linear(x, matrix)` or `x @ matrix`; anything else is an error."""
         x, matrix, *bias = args
         if _PRODUCTS.get(func.__name__) is not getattr(matrix, "transposed", None) or kwargs:
-            raise TypeError(f"A sparse expert takes part in products only, not in {func.__name__}: use to_dense(model).")
+            raise TypeError(
+                f"A sparse expert takes part in products only, not in {func.__name__}: use to_dense(model)."
+            )
         y = matrix(x)
         return y if not bias or bias[0] is None else y + bias[0]
 

@@ -20,7 +20,8 @@ logger = logging.get_logger(__name__)
 
 _FOLDER = Path(__file__).parent / "native"
 _SOURCES = tuple(
-    _FOLDER / name for name in ("sparse_linear.cpp", "common.h", "plain.h", "bits.h", "columns.h", "lanes.h", "avx512.h", "amx.h")
+    _FOLDER / name
+    for name in ("sparse_linear.cpp", "common.h", "plain.h", "bits.h", "columns.h", "lanes.h", "avx512.h", "amx.h")
 )
 _TYPES = {torch.float32: ("float", 0), torch.bfloat16: ("bf16", 1), torch.float16: ("f16", 2)}
 _LAYER = struct.Struct("=7q")  # common.h's Layer
