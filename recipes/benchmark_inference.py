@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from hf_lpdecay import to_sparse
+from hf_lpdecay import load_sparse
 from hf_lpdecay.files import write_text
 from hf_lpdecay.inference import SparseLinear
 from hf_lpdecay.inference.convert import layer_bytes
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="Folders of models; the first is the reference.")
     parser.add_argument("--task", default="causal-lm", choices=tuple(AUTO_CLASSES), help="Default: causal-lm.")
-    parser.add_argument("--sparse", nargs="+", default=[], help="Folders to run with to_sparse, beside the others.")
+    parser.add_argument("--sparse", nargs="+", default=[], help="Folders or archives to run with load_sparse.")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="Of the weights.")
     parser.add_argument("--other_dtype", nargs="+", default=[], help="Folders to run, dense, in the other dtype too.")
     parser.add_argument("--batch_size", type=int, default=1, help="Prompts at a time (default: 1).")
@@ -107,10 +107,10 @@ def serve(connection, folder: str, how: str, options: dict) -> None:
     torch.set_num_threads(options["threads"])
     before = psutil.Process().memory_info().rss
     dtype = getattr(torch, how if how in OTHER_DTYPE else options["dtype"])
-    model = AUTO_CLASSES[options["task"]].from_pretrained(folder, dtype=dtype).eval()
-    parameters, linear = model.num_parameters(), linear_bytes(model)
     if how == "sparse":
-        to_sparse(model)
+        model = load_sparse(folder, dtype=dtype)
+    else:
+        model = AUTO_CLASSES[options["task"]].from_pretrained(folder, dtype=dtype).eval()
     gc.collect()
     generator = torch.Generator().manual_seed(0)
     shape = options["batch_size"], options["prompt_tokens"]
@@ -118,9 +118,8 @@ def serve(connection, folder: str, how: str, options: dict) -> None:
     model(prompt)
     connection.send(
         {
-            "parameters": parameters,
+            "parameters": parameter_count(model),
             "linear_bytes": linear_bytes(model),
-            "linear_share": linear_bytes(model) / linear,
             "file_bytes": sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")),
             "memory_bytes": psutil.Process().memory_info().rss - before,
         }
@@ -135,6 +134,12 @@ def serve(connection, folder: str, how: str, options: dict) -> None:
             model.generate(prompt[:, :8], attention_mask=torch.ones_like(prompt[:, :8]), do_sample=False, **length)
             seconds["generate"] = time.perf_counter() - between
         connection.send(seconds)
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Parameters, with the zeros that sparse layers leave out."""
+    sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    return model.num_parameters() + sum(module.in_features * module.out_features for module in sparse)
 
 
 def linear_bytes(model: torch.nn.Module) -> int:

@@ -45,7 +45,7 @@ def test_every_instruction_set_is_the_plain_loop(instructions, dtype, columns):
         packed = encode(weight, columns)
         for act in DTYPES:
             bias = torch.randn(rows).to(act)
-            for n in sorted({1, 2, 3, fast.most_rows[columns, act]}):
+            for n in sorted({1, 2, 3, min(21, fast.most_rows[columns, act])}):
                 x = torch.randn(n, cols).to(act)
                 expected, actual = x.new_empty(n, rows), x.new_empty(n, rows)
                 for i in range(0, n, plain.most_rows[columns, act]):

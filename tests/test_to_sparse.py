@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import same_bits, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, weights
+from conftest import same_bits, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5, weights
+from test_experts import tiny_gpt_oss
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +40,7 @@ def outputs(model):
     return model(**inputs).logits.detach()
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert, tiny_t5])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert, tiny_t5, tiny_mixtral, tiny_gpt_oss])
 def test_outputs_checkpoint_and_the_way_back(make, tmp_path):
     model = half_zero(make())
     before, expected = weights(model), outputs(model)

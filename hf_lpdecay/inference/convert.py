@@ -1,5 +1,7 @@
 """`to_sparse`: a model whose linear layers take the memory and the time of their values that are not zero."""
 
+import dataclasses
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -7,6 +9,7 @@ from transformers.utils import logging
 
 from ..sparsity.report import count_nonzero
 from ..sparsity.selection import Modules, match_layers
+from .experts import SparseExperts, has_eager, match_experts, put_experts, restore_experts
 from .head import pack_head, unpack_head
 from .kernels import kernel_for
 from .sparse_linear import DTYPES, SparseLinear
@@ -31,8 +34,9 @@ def to_sparse(
     takes the dense model's memory. [`to_dense`] gives the dense model back.
 
     Args:
-        model (`nn.Module`): Any model with `nn.Linear` or `Conv1D`, on a CPU (compiled kernels for AVX-512, AVX2 and
-            NEON) or a CUDA device (a Triton kernel, for a bit mask and up to 8 tokens at a time).
+        model (`nn.Module`): Any model with `nn.Linear`, `Conv1D` or experts' 3-D parameters, on a CPU
+            (compiled kernels for AVX-512, AVX2 and NEON) or a CUDA device (a Triton kernel, for a bit mask and up to 8
+            tokens at a time).
         target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): Which layers, spelt as in
             [`~hf_lpdecay.LpDecayConfig`].
         exclude_modules (`list[str]` or `str`, *optional*): Which of them not.
@@ -63,30 +67,31 @@ def to_sparse(
     }
     for name, module in layers.items():
         check_layer(name, module)
-    kernel = kernel_for(dtype or next(iter(layers.values())).weight.dtype) if layers else ""
-    if isinstance(kernel, str) and any(module.weight.device.type == "cpu" for module in layers.values()):
+    experts = match_experts(model, target_modules, exclude_modules)
+    for name in experts:
+        check_weight(name, model.get_parameter(name))
+    weights = [module.weight for module in layers.values()] + [model.get_parameter(name) for name in experts]
+    kernel = kernel_for(dtype or weights[0].dtype) if weights else ""
+    if isinstance(kernel, str) and any(weight.device.type == "cpu" for weight in weights):
         logger.warning_once(f"{kernel} The layers stay dense, and the model as slow and as large as it is.")
         return model
+    del weights
     kept = {id(module): name for name, module in layers.items()}
-    before = after = 0
-    replaced = few = 0
+    tally = Tally()
     for name in kept.values():
         module = layers[name]
         weight = module.weight.detach()
         sparsity = 1 - int(count_nonzero(weight)) / max(1, weight.numel())
-        before += weight.nbytes
         new = sparse_layer(module, sparsity, dtype)
-        few += sparsity < MIN_SPARSITY
-        if new is None:
-            after += weight.nbytes
-            continue
-        model.set_submodule(name, new)
-        layers[name] = module = None  # the dense weight is freed as soon as it is packed
-        after += layer_bytes(new)
-        replaced += 1
+        tally.add(new, weight.nbytes, sparsity)
+        if new is not None:
+            model.set_submodule(name, new)
+            layers[name] = module = weight = None  # the dense weight is freed as soon as it is packed
+    for name, dim in experts.items():
+        take_experts(model, name, dim, dtype, tally)
     pack_head(model, dtype)
     model.eval().requires_grad_(False)
-    tell(replaced, len(kept), few, before, after)
+    tally.tell()
     return model
 
 
@@ -100,6 +105,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     Returns:
         `nn.Module`: The same model, its weights of the type that they had before; its parameters require gradients.
     """
+    restore_experts(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseLinear):
             model.set_submodule(name, dense_layer(module))
@@ -122,6 +128,23 @@ def sparse_layer(module: nn.Module, sparsity: float, dtype: torch.dtype | None) 
     return new
 
 
+def take_experts(model: nn.Module, name: str, dim: int, dtype: torch.dtype | None, tally: "Tally") -> None:
+    """Replace the 3-D parameter of a model's experts, where sparse layers of their matrices' shape are faster."""
+    weight = model.get_parameter(name).detach()
+    sparsity = 1 - int(count_nonzero(weight)) / max(1, weight.numel())
+    new = None
+    if has_eager(model.get_submodule(name.rpartition(".")[0])):
+        dtype = dtype or weight.dtype
+        like = torch.empty(1, dtype=dtype, device=weight.device).expand(*(weight[0] if dim else weight[0].t()).shape)
+        columns = choose_encoding(like, sparsity)
+        if columns is not None:
+            new = SparseExperts(weight, dtype, columns, transposed=dim == 0)
+            put_experts(model, name, new)
+    else:
+        tally.other += 1
+    tally.add(new, weight.nbytes, sparsity)
+
+
 def dense_layer(module: SparseLinear) -> nn.Module:
     """The layer that a sparse one has replaced."""
     has_bias = module.bias is not None
@@ -134,8 +157,10 @@ def dense_layer(module: SparseLinear) -> nn.Module:
     return new.eval()
 
 
-def layer_bytes(module: SparseLinear) -> int:
-    """Memory of a sparse layer's weight."""
+def layer_bytes(module: SparseLinear | SparseExperts) -> int:
+    """Memory of a sparse layer's weight, or of all experts'."""
+    if isinstance(module, SparseExperts):
+        return sum(map(layer_bytes, module))
     return sum(tensor.nbytes for tensor in module.packed[:3])
 
 
@@ -147,12 +172,16 @@ def keeps_float32(model: nn.Module, name: str) -> bool:
 
 def check_layer(name: str, module: nn.Module) -> None:
     """Whether a layer can be packed at all."""
-    weight = module.weight
     if type(module) not in (nn.Linear, Conv1D) and type(module).forward is not nn.Linear.forward:
         raise ValueError(
             f"{name} is a {type(module).__name__}, which computes its product in a way of its own (quantized, or an"
             " adapter's): load the model unquantized, merge the adapter, or leave the layer out with exclude_modules."
         )
+    check_weight(name, module.weight)
+
+
+def check_weight(name: str, weight: torch.Tensor) -> None:
+    """Whether a weight can be packed."""
     if weight.dtype not in DTYPES:
         raise ValueError(
             f"{name} is {weight.dtype}: load the model with dtype=torch.bfloat16, torch.float16 or torch.float32."
@@ -161,14 +190,37 @@ def check_layer(name: str, module: nn.Module) -> None:
         raise ValueError(f"{name} is on {weight.device}: move the model to a CPU or a CUDA device first.")
 
 
-def tell(replaced: int, layers: int, few: int, before: int, after: int) -> None:
-    """Say in one line what was done."""
-    size = f"{before:,} bytes of weights take {after:,} ({after / max(1, before):.0%})"
-    line = f"{replaced} of {layers} linear layers are sparse; {size}."
-    if replaced < layers:
-        slower = layers - replaced - few
-        reasons = [f"{few} with less than {MIN_SPARSITY:.0%} zeros"] * (few > 0)
-        reasons += [f"{slower} that would not be faster on this machine"] * (slower > 0)
-        logger.warning(f"{line} The others stay dense: {', '.join(reasons)}.")
-    else:
-        logger.info(line)
+@dataclasses.dataclass
+class Tally:
+    """What was done, for the line that says so; experts' parameters count as one layer each."""
+
+    layers: int = 0
+    replaced: int = 0
+    few: int = 0  # with few zeros
+    other: int = 0  # experts that compute in another way
+    before: int = 0
+    after: int = 0
+
+    def add(self, new: nn.Module | None, nbytes: int, sparsity: float) -> None:
+        """Count a layer of so many bytes, and what took its place."""
+        self.layers += 1
+        self.replaced += new is not None
+        self.few += new is None and sparsity < MIN_SPARSITY
+        self.before += nbytes
+        self.after += nbytes if new is None else layer_bytes(new)
+
+    def tell(self) -> None:
+        """Say in one line what was done."""
+        share = f"{self.after / max(1, self.before):.0%}"
+        line = f"{self.replaced} of {self.layers} linear layers are sparse; {self.before:,} bytes of weights take"
+        line += f" {self.after:,} ({share})."
+        slower = self.layers - self.replaced - self.few - self.other
+        reasons = {
+            f"{self.few} with less than {MIN_SPARSITY:.0%} zeros": self.few,
+            f"{self.other} of experts that are not computed one after the other": self.other,
+            f"{slower} that would not be faster on this machine": slower,
+        }
+        if self.replaced < self.layers:
+            logger.warning(f"{line} The others stay dense: {', '.join(why for why, n in reasons.items() if n > 0)}.")
+        else:
+            logger.info(line)

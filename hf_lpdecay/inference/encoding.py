@@ -1,5 +1,7 @@
 """From a dense weight to positions and values, and back, on any device."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from .kernels import PADDING, Weight, dense, kernel_for
 
 
 # Entries that are looked at at a time, so that what lies beside the weight stays small.
-_PART = 1 << 22
+_PART = 1 << 20
 # A number of a column takes 16 bits.
 MAX_COLUMNS = 1 << 16
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -25,11 +27,25 @@ def encode(weight: Tensor, columns: bool = False) -> Weight:
     Returns:
         `Weight`: On the same device.
     """
-    cols = weight.shape[1]
-    step = max(1, _PART // max(1, cols))
-    powers = (2 ** torch.arange(8, device=weight.device)).to(torch.uint8)
+    return encode_parts(weight.detach().split(rows_of_part(weight.shape[1])), weight.shape[1], columns, weight)
+
+
+def rows_of_part(cols: int) -> int:
+    """How many rows to look at at a time."""
+    return max(1, _PART // max(1, cols))
+
+
+def encode_parts(parts: Iterable[Tensor], cols: int, columns: bool, like: Tensor) -> Weight:
+    """As [`encode`], from some rows after the other.
+
+    Args:
+        parts (`Iterable[torch.Tensor]`): Shape (some rows, cols).
+        cols, columns: See [`Weight`].
+        like (`torch.Tensor`): Of the values' type, on the device.
+    """
+    powers = (2 ** torch.arange(8, device=like.device)).to(torch.uint8)
     positions, values, counts = [], [], []
-    for part in weight.detach().split(step):
+    for part in parts:
         part = part.contiguous()
         mask = part.view(_INTEGERS[part.element_size()]) != 0
         values.append(part[mask])
@@ -39,7 +55,7 @@ def encode(weight: Tensor, columns: bool = False) -> Weight:
         else:
             bits = torch.nn.functional.pad(mask, (0, -cols % 8)).view(len(part), -1, 8)
             positions.append((bits * powers).sum(-1, dtype=torch.uint8).flatten())
-    return join(positions, values, torch.cat(counts) if counts else None, cols, columns, weight)
+    return join(positions, values, torch.cat(counts) if counts else None, cols, columns, like)
 
 
 def join(
@@ -58,7 +74,9 @@ def join(
         torch.cumsum(counts, 0, out=starts[1:])
     positions.append(like.new_zeros(PADDING, dtype=torch.uint8))
     values.append(like.new_zeros(PADDING // like.element_size()))
-    return Weight(torch.cat(positions), torch.cat(values), starts, cols, columns)
+    joined = torch.cat(values)
+    values.clear()
+    return Weight(torch.cat(positions), joined, starts, cols, columns)
 
 
 def decode(weight: Weight) -> Tensor:

@@ -20,7 +20,8 @@ logger = logging.get_logger(__name__)
 
 _FOLDER = Path(__file__).parent / "native"
 _SOURCES = tuple(
-    _FOLDER / name for name in ("sparse_linear.cpp", "common.h", "plain.h", "lanes.h", "avx512.h", "amx.h")
+    _FOLDER / name
+    for name in ("sparse_linear.cpp", "common.h", "plain.h", "bits.h", "columns.h", "lanes.h", "avx512.h", "amx.h")
 )
 _TYPES = {torch.float32: ("float", 0), torch.bfloat16: ("bf16", 1), torch.float16: ("f16", 2)}
 _LAYER = struct.Struct("=7q")  # common.h's Layer
@@ -157,8 +158,8 @@ def linear(kernel: Kernel, weight: Weight, bias: Tensor | None, x: Tensor, layer
             kernel.multiply(layer or kernel.describe(weight, bias), x, y, n)
         return y
     flat, out = x.view(n, weight.cols), y.view(n, weight.rows)
-    # Twice the same weight is still faster than a dense product of so few rows, four times where values are rare.
-    if n <= most * (4 if weight.columns else 1 if most > 32 else 2):
+    # Four times the same weight is still faster than a dense product of so few rows where values are rare.
+    if weight.columns and n <= 4 * most:
         layer = layer or kernel.describe(weight, bias)
         for part, result in zip(flat.split(most), out.split(most)):
             kernel.multiply(layer, part, result, len(part))

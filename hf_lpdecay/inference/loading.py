@@ -1,7 +1,10 @@
 """`load_sparse`: from the disk or the hub to a sparse model, without its weights ever being dense."""
 
+import ctypes
+import itertools
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +29,13 @@ from ..artifacts.hub import PACKED_FOLDER
 from ..artifacts.packed import read_packed
 from ..sparsity.checkpoint import model_class, weight_files
 from ..sparsity.selection import Modules, match_layers
-from .convert import keeps_float32, layer_bytes, tell, to_sparse
-from .encoding import decode, encode, pad_rows, to_columns
+from .convert import Tally, keeps_float32, take_experts, to_sparse
+from .encoding import decode, encode, encode_parts, join, pad_rows, rows_of_part, to_columns
+from .experts import match_experts
 from .head import pack_head
-from .kernels import PADDING, Weight, kernel_for
+from .kernels import Weight, kernel_for
 from .sparse_linear import DTYPES, SparseLinear
-from .speed import MIN_SPARSITY, choose_encoding
+from .speed import choose_encoding
 
 
 logger = logging.get_logger(__name__)
@@ -48,6 +52,7 @@ _TORCH = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # What is kept of a tensor: a mask and its values, or (None and) the whole of it.
 _Parts = tuple[Tensor | None, Tensor]
 
@@ -64,7 +69,8 @@ def load_sparse(
     """Load a model as [`to_sparse`] makes it, from an archive of [`~hf_lpdecay.pack`] or from a folder.
 
     Its weights are read one after the other and are dense, if at all, one at a time: the peak of memory is the sparse
-    model's own and two of its largest tensors.
+    model's own and two of its largest tensors. Where the files call weights by other names than the model (those of
+    Mixtral's experts, one by one) it is loaded dense first, which is said.
 
     Args:
         path (`str` or `os.PathLike`): An archive, a folder that holds one named `packed`, a folder that
@@ -101,9 +107,11 @@ def load_sparse(
     layers = match_layers(model, target_modules, exclude_modules)
     for name in [name for name in layers if keeps_float32(model, name)]:
         del layers[name]
-    loader = _Loader(model, layers, dtype)
+    loader = _Loader(model, layers, match_experts(model, target_modules, exclude_modules), dtype)
     for name, kind, shape, parts in tqdm(_read(folder, packed), desc="Loading", unit=" tensors", leave=False):
         loader.take(name, kind, shape, parts)
+        if math.prod(shape) >= 1 << 18:
+            _trim()
     model.tie_weights()
     if any(param.is_meta for param in model.parameters()):
         # The files call the weights by other names (experts one by one, for example): Transformers can read that.
@@ -143,9 +151,9 @@ def find_folder(path: str | os.PathLike, revision: str | None = None, token: str
 class _Loader:
     """Puts one tensor after the other into a model without weights."""
 
-    def __init__(self, model: PreTrainedModel, layers: dict[str, nn.Module], dtype: torch.dtype | None):
-        self.model, self.layers, self.dtype = model, layers, dtype
-        self.replaced = self.few = self.before = self.after = 0
+    def __init__(self, model: PreTrainedModel, layers: dict[str, nn.Module], experts: dict[str, int], dtype: Any):
+        self.model, self.layers, self.experts, self.dtype = model, layers, experts, dtype
+        self.tally = Tally()
 
     def take(self, name: str, kind: str, shape: list[int], parts: Iterator[_Parts]) -> None:
         """Put a tensor where it belongs."""
@@ -167,23 +175,22 @@ class _Loader:
         if leaf == "weight" and owner_name in self.layers and dtype in DTYPES:
             self._take_layer(owner_name, owner, stored, dtype, shape, parts)
         elif leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(_whole(stored, shape, parts).to(dtype), requires_grad=False)
+            owner._parameters[leaf] = nn.Parameter(_whole(stored, shape, parts, dtype), requires_grad=False)
+            if name in self.experts and dtype in DTYPES:
+                take_experts(self.model, name, self.experts[name], None, self.tally)
         else:
-            owner._buffers[leaf] = _whole(stored, shape, parts).to(dtype)
+            owner._buffers[leaf] = _whole(stored, shape, parts, dtype)
 
     def _take_layer(self, name, module, stored, dtype, shape, parts) -> None:
         transposed = isinstance(module, Conv1D)
-        weight = _weight(stored, shape, parts)
-        weight = weight._replace(values=weight.values.to(dtype))
+        weight = _weight(stored, shape, parts, dtype)
         numel = math.prod(shape)
         sparsity = 1 - int(weight.starts[-1]) / max(1, numel)
-        self.before += numel * dtype.itemsize
-        self.few += sparsity < MIN_SPARSITY
         like = torch.empty(1, dtype=dtype).expand(*(reversed(shape) if transposed else shape))
         columns = choose_encoding(like, sparsity)
         if columns is None:
             module.weight = nn.Parameter(decode(weight), requires_grad=False)
-            self.after += module.weight.nbytes
+            self.tally.add(None, module.weight.nbytes, sparsity)
             return
         if transposed:
             weight = encode(decode(weight).t(), columns=columns)
@@ -192,8 +199,7 @@ class _Loader:
         new = SparseLinear(weight, None, transposed)
         new.bias = module.bias
         self.model.set_submodule(name, new)
-        self.replaced += 1
-        self.after += layer_bytes(new)
+        self.tally.add(new, numel * dtype.itemsize, sparsity)
 
     def tell(self) -> None:
         """Say what was done."""
@@ -201,7 +207,7 @@ class _Loader:
         if isinstance(kernel, str):
             logger.warning_once(f"{kernel} The layers stay dense, and the model as slow and as large as it is.")
         else:
-            tell(self.replaced, len(self.layers), self.few, self.before, self.after)
+            self.tally.tell()
 
 
 def _read(folder: Path, packed: bool) -> Iterator[tuple[str, str, list[int], Iterator[_Parts]]]:
@@ -215,41 +221,55 @@ def _read(folder: Path, packed: bool) -> Iterator[tuple[str, str, list[int], Ite
             names = list(file.keys())
         for name in names:
             with safe_open(path, framework="pt") as file:  # opened anew for each, as in stored_tensors
-                part = file.get_slice(name)
-                yield name, part.get_dtype(), part.get_shape(), iter([(None, file.get_tensor(name))])
+                about = file.get_slice(name)
+                kind, shape = about.get_dtype(), about.get_shape()
+            yield name, kind, shape, _read_rows(path, name, shape)
 
 
-def _weight(stored: torch.dtype, shape: list[int], parts: Iterator[_Parts]) -> Weight:
+def _read_rows(path: Path, name: str, shape: list[int]) -> Iterator[_Parts]:
+    """A tensor of a safetensors file, some rows at a time; what was read of a mapped file is memory until it closes."""
+    step = rows_of_part(math.prod(shape[1:]))
+    for first in range(0, shape[0] if shape else 1, step):
+        with safe_open(path, framework="pt") as file:
+            yield None, file.get_slice(name)[first : first + step] if shape else file.get_tensor(name)
+
+
+def _weight(stored: torch.dtype, shape: list[int], parts: Iterator[_Parts], dtype: torch.dtype) -> Weight:
     """The parts of a matrix, as a weight with a bit mask."""
     rows, cols = shape
+    first = next(parts, None)
+    if first is None or first[0] is None:
+        dense = itertools.chain([] if first is None else [first], parts)
+        return encode_parts((part.to(dtype) for _, part in dense), cols, False, torch.empty(0, dtype=dtype))
     masks, values = [], []
-    for mask, part in parts:
-        if mask is None:
-            return encode(part)
+    for mask, part in itertools.chain([first], parts):
         masks.append(mask)
-        values.append(part.view(torch.int16 if stored.itemsize == 2 else torch.int32).view(stored))
-    masks.append(torch.zeros(PADDING, dtype=torch.uint8))
-    values.append(torch.zeros(PADDING // stored.itemsize, dtype=stored))
-    return pad_rows(torch.cat(masks), torch.cat(values), rows, cols)
+        values.append(part.view(_SIGNED[stored.itemsize]).view(stored).to(dtype))
+    packed = join(masks, values, None, cols, False, values[0])
+    return pad_rows(packed.positions, packed.values, rows, cols)
 
 
-def _whole(stored: torch.dtype, shape: list[int], parts: Iterator[_Parts]) -> Tensor:
+def _whole(stored: torch.dtype, shape: list[int], parts: Iterator[_Parts], dtype: torch.dtype) -> Tensor:
     """The parts of a tensor, dense."""
-    out = []
-    for mask, part in parts:
-        if mask is None:
-            return part
-        bits = np.unpackbits(mask.numpy(), bitorder="little").view(bool)
-        out.append((bits, part.numpy()))
-    numel = math.prod(shape) * (1 if stored.itemsize else 0)
-    words = np.zeros(numel, out[0][1].dtype)
+    out = torch.empty(math.prod(shape), dtype=dtype)
     start = 0
-    for bits, values in out:
-        end = min(start + len(bits), numel)
-        words[start:end][bits[: end - start]] = values
-        start = end
-    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[stored.itemsize]
-    return torch.from_numpy(words.view(f"i{stored.itemsize}")).view(signed).view(stored).reshape(shape)
+    for mask, part in parts:
+        if mask is not None:
+            words = part.view(_SIGNED[stored.itemsize]).view(stored)
+            bits = np.unpackbits(mask.numpy(), count=min(8 * len(mask), len(out) - start), bitorder="little")
+            part = words.new_zeros(len(bits))
+            part[torch.from_numpy(bits.view(bool))] = words
+        out[start : start + part.numel()] = part.flatten()
+        start += part.numel()
+    return out.view(shape)
+
+
+def _trim() -> None:
+    """Give memory that is free back to the system, which glibc does not do by itself for tensors below 32 MB."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _load_dense_first(folder: Path, packed: bool, cls: type, dtype: Any, *modules: Modules) -> PreTrainedModel:

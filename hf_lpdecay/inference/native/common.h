@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 struct bf16 { uint16_t bits; };
@@ -36,7 +37,7 @@ static inline void narrow(float x, f16* y) {
     y->bits = sign | out;
 }
 
-// A linear layer: module.py's _LAYER.
+// A linear layer: kernels.py's _LAYER.
 struct Layer {
     // Bits: one per weight, rows padded to bytes, lowest bit first. Columns: uint16 for each value.
     // Readable for 64 bytes past the end, as the values are.
@@ -78,14 +79,6 @@ static inline void put(const Call& call, int64_t i, int64_t row, float value) {
     }
 }
 
-static inline float fetch(const void* x, int64_t type, int64_t at) {
-    switch (type) {
-    case F32: return ((const float*)x)[at];
-    case BF16: return widen(((const bf16*)x)[at]);
-    default: return widen(((const f16*)x)[at]);
-    }
-}
-
 // Bytes [8 * word, 8 * word + 8) of a row's mask, without the bits behind its last column.
 static inline uint64_t mask_word(const uint8_t* row, int64_t word, int64_t cols) {
     uint64_t bits;
@@ -98,16 +91,25 @@ static inline int64_t mask_stride(const Layer& layer) { return (layer.cols + 7) 
 static inline int64_t padded(int64_t cols) { return (cols + 63) / 64 * 64; }
 
 // The processor's own prefetchers stop at the end of a page, which is soon reached.
-#ifndef AHEAD
-#define AHEAD 4096
-#endif
-static inline void ahead(const VALUE* value, const uint8_t* mask) {
-    __builtin_prefetch((const char*)value + AHEAD);
-    __builtin_prefetch((const char*)value + AHEAD + 64);
-    __builtin_prefetch(mask + AHEAD / 4);
+static inline void ahead(const void* from) { __builtin_prefetch((const char*)from + 4096); }
+
+// Where x lies while a thread's call is at work.
+template <class T> static T* scratch(int64_t count) {
+    static thread_local std::vector<char> buffer;
+    if (int64_t(buffer.size()) < count * int64_t(sizeof(T)) + 64) buffer.resize(count * sizeof(T) + 64);
+    return (T*)((uintptr_t(buffer.data()) + 63) / 64 * 64);
 }
 
-// The threads are those of torch's own OpenMP runtime (a second pool would wait for the same cores): module.py passes its GOMP_parallel.
+// Calls `f` with x as what it is.
+template <class F> static const void* of_type(const void* x, int64_t type, F f) {
+    switch (type) {
+    case F32: return f((const float*)x);
+    case BF16: return f((const bf16*)x);
+    default: return f((const f16*)x);
+    }
+}
+
+// The threads are those of torch's own OpenMP runtime (a second pool would wait for the same cores): kernels.py passes its GOMP_parallel.
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 
 static void take_chunks(void* data) {

@@ -1,9 +1,7 @@
 // Eight weights at a time: AVX2 and NEON behind the same few functions. A table of 256 byte shuffles puts up to eight
 // packed values in their places (an index with the highest bit set gives zero).
 #pragma once
-#include <type_traits>
-
-#include "plain.h"
+#include "bits.h"
 
 #if defined(ISA_AVX2)
 #include <immintrin.h>
@@ -37,14 +35,16 @@ static inline float sum(lanes a) {
 
 // For each mask of eight bits 32 bytes: where the bytes of eight float32 come from.
 struct Table {
-    alignas(64) uint8_t at[256][32];
+    alignas(64) uint8_t at[256][32], count[256];
     Table() {
-        for (int mask = 0; mask < 256; ++mask)
+        for (int mask = 0; mask < 256; ++mask) {
+            count[mask] = __builtin_popcount(mask);
             for (int lane = 0, rank = 0; lane < 8; ++lane) {
                 bool set = mask >> lane & 1;
                 for (int byte = 0; byte < 4; ++byte) at[mask][4 * lane + byte] = entry(set, rank, byte);
                 rank += set;
             }
+        }
     }
     static uint8_t entry(bool set, int rank, int byte) {
         if (!set) return 0x80;
@@ -99,83 +99,6 @@ static inline lanes place(const float* values, const uint8_t* at) {
 }
 #endif
 
-// For each byte of a word, the bits set in the bytes before it.
-static inline uint64_t ranks(uint64_t word) {
-    word -= word >> 1 & 0x5555555555555555;
-    word = (word & 0x3333333333333333) + (word >> 2 & 0x3333333333333333);
-    return ((word + (word >> 4)) & 0x0f0f0f0f0f0f0f0f) * 0x0101010101010100;
-}
-
-// x: float, natural order, rows of a multiple of 64, zero behind the last column.
-template <int N> static void lanes_bits(Call& call, int64_t begin, int64_t end) {
-    const Layer& layer = *call.layer;
-    const float* x = (const float*)call.x;
-    for (int64_t row = begin; row < end; ++row) {
-        const VALUE* value = layer.values + layer.starts[row];
-        const uint8_t* mask = layer.positions + row * mask_stride(layer);
-        const int chains = N == 1 ? 4 : N == 2 ? 2 : 1;  // additions that do not wait for each other
-        lanes total[N][chains];
-        for (int i = 0; i < N; ++i)
-            for (int c = 0; c < chains; ++c) total[i][c] = zero();
-        for (int64_t word = 0; 64 * word < layer.cols; ++word) {
-            uint64_t bits = mask_word(mask, word, layer.cols), rank = ranks(bits);
-            ahead(value, mask + 8 * word);
-#pragma GCC unroll 8
-            for (int byte = 0; byte < 8; ++byte) {
-                lanes w = place(value + (rank >> 8 * byte & 0xff), table.at[bits >> 8 * byte & 0xff]);
-                const float* at = x + 64 * word + 8 * byte;
-#pragma GCC unroll 8
-                for (int i = 0; i < N; ++i)
-                    total[i][byte % chains] = fma(w, load(at + i * call.stride), total[i][byte % chains]);
-            }
-            value += __builtin_popcountll(bits);
-        }
-        for (int i = 0; i < N; ++i) {
-            for (int c = 1; c < chains; ++c) total[i][0] = add(total[i][0], total[i][c]);
-            put(call, i, row, sum(total[i][0]));
-        }
-    }
-}
-
-// Columns, one row of x: float, natural order.
-static void lanes_columns_1(Call& call, int64_t begin, int64_t end) {
-    const Layer& layer = *call.layer;
-    const float* x = (const float*)call.x;
-    for (int64_t row = begin; row < end; ++row) {
-        const VALUE* value = layer.values + layer.starts[row];
-        const uint16_t* column = (const uint16_t*)layer.positions + layer.starts[row];
-        int64_t k = 0, count = layer.starts[row + 1] - layer.starts[row];
-        float total[4] = {0, 0, 0, 0};
-        for (; k + 4 <= count; k += 4) {
-            ahead(value + k, (const uint8_t*)(column + k) + AHEAD * 3 / 4);
-            for (int c = 0; c < 4; ++c) total[c] += widen(value[k + c]) * x[column[k + c]];
-        }
-        for (; k < count; ++k) total[0] += widen(value[k]) * x[column[k]];
-        put(call, 0, row, (total[0] + total[1]) + (total[2] + total[3]));
-    }
-}
-
-// Columns, up to eight rows of x in the lanes. x: float, transposed, (cols, 8).
-static void lanes_columns(Call& call, int64_t begin, int64_t end) {
-    const Layer& layer = *call.layer;
-    const float* x = (const float*)call.x;
-    for (int64_t row = begin; row < end; ++row) {
-        const VALUE* value = layer.values + layer.starts[row];
-        const uint16_t* column = (const uint16_t*)layer.positions + layer.starts[row];
-        int64_t k = 0, count = layer.starts[row + 1] - layer.starts[row];
-        lanes total[4] = {zero(), zero(), zero(), zero()};
-        for (; k + 4 <= count; k += 4) {
-            ahead(value + k, (const uint8_t*)(column + k) + AHEAD * 3 / 4);
-            for (int c = 0; c < 4; ++c)
-                total[c] = fma(broadcast(widen(value[k + c])), load(x + 8 * column[k + c]), total[c]);
-        }
-        for (; k < count; ++k) total[0] = fma(broadcast(widen(value[k])), load(x + 8 * column[k]), total[0]);
-        float sums[8];
-        store(sums, add(add(total[0], total[1]), add(total[2], total[3])));
-        for (int64_t i = 0; i < call.n; ++i) put(call, i, row, sums[i]);
-    }
-}
-
 #if defined(ISA_AVX2)
 static inline void store_as(float* out, lanes a) { store(out, a); }
 static inline void store_as(bf16* out, lanes a) {
@@ -195,24 +118,28 @@ static inline void store_as(f16* out, lanes a) {
 }
 #endif
 
-template <class Out> static void lanes_decode(Call& call, int64_t begin, int64_t end) {
-    const Layer& layer = *call.layer;
-    if (layer.columns) return plain_decode<Out>(call, begin, end);
-    for (int64_t row = begin; row < end; ++row) {
-        const VALUE* value = layer.values + layer.starts[row];
-        const uint8_t* mask = layer.positions + row * mask_stride(layer);
-        Out* out = (Out*)call.y + row * layer.cols;
-        int64_t word = 0;
-        for (; 64 * (word + 1) <= layer.cols; ++word) {
-            uint64_t bits = mask_word(mask, word, layer.cols), rank = ranks(bits);
-            for (int byte = 0; byte < 8; ++byte)
-                store_as(out + 64 * word + 8 * byte,
-                         place(value + (rank >> 8 * byte & 0xff), table.at[bits >> 8 * byte & 0xff]));
-            value += __builtin_popcountll(bits);
-        }
-        for (int64_t col = 64 * word; col < layer.cols; ++col) {
-            if (mask[col / 8] >> (col % 8) & 1) convert(*value++, out + col);
-            else memset((void*)(out + col), 0, sizeof(Out));
-        }
+struct Lanes {
+    typedef float X;
+    typedef lanes W;
+    typedef lanes Sum;
+    static const int64_t WIDTH = 8, MOST = 4, LANES = 8;
+    static constexpr int rows(int) { return 3; }
+    static int64_t column(int64_t lane) { return lane; }
+    static W place(uint64_t bits, int step, const VALUE*& values) {
+        // The number of the entry times its size.
+        const uint32_t offset = (step ? bits >> (8 * step - 5) : bits << 5) & 255 << 5;
+        W w = ::place(values, table.at[0] + offset);
+#if defined(ISA_AVX2)
+        values += __builtin_popcount(offset);
+#else
+        values += table.count[offset >> 5];
+#endif
+        return w;
     }
-}
+    static Sum zero() { return ::zero(); }
+    static Sum fma(W w, const X* x, Sum total) { return ::fma(w, load(x), total); }
+    static float sum(Sum total) { return ::sum(total); }
+    static Sum scaled(float w, const float* x, Sum total) { return ::fma(broadcast(w), load(x), total); }
+    static void all(float* out, const Sum* total) { ::store(out, add(add(total[0], total[1]), add(total[2], total[3]))); }
+    template <class Out> static void store(W w, Out* out) { store_as(out, w); }
+};

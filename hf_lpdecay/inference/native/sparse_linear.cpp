@@ -15,6 +15,7 @@
 #endif
 
 #include "common.h"
+#include "columns.h"
 #include "plain.h"
 
 #if defined(ISA_AVX512)
@@ -27,36 +28,25 @@
 #include "lanes.h"
 #endif
 
-typedef void (*Work)(Call&, int64_t, int64_t);
-#define EACH(work) {work<1>, work<2>, work<3>, work<4>, work<5>, work<6>, work<7>, work<8>}
-
-// Where x lies while a thread's call is at work.
-template <class T> static T* scratch(int64_t count) {
-    static thread_local std::vector<char> buffer;
-    if (int64_t(buffer.size()) < count * int64_t(sizeof(T)) + 64) buffer.resize(count * sizeof(T) + 64);
-    return (T*)((uintptr_t(buffer.data()) + 63) / 64 * 64);
-}
-
-static const float* floats(const void* x, int64_t type, int64_t n, int64_t cols, bool pairs) {
-    if (type == F32 && cols % 64 == 0 && !pairs) return (const float*)x;
-    int64_t wide = padded(cols);
-    float* out = scratch<float>(n * wide);
-    for (int64_t i = 0; i < n; ++i) {
-        float* to = out + i * wide;
-        for (int64_t k = 0; k < wide; ++k) {
-            int64_t lane = k % 32, col = pairs ? k / 32 * 32 + lane % 16 * 2 + lane / 16 : k;
-            to[k] = col < cols ? fetch(x, type, i * cols + col) : 0;
-        }
-    }
+// x for `plain_rows` and one row of columns (`lanes` 0), or with up to `lanes` rows beside each other.
+static const float* floats(const void* x, int64_t type, int64_t n, int64_t cols, int64_t lanes) {
+    if (type == F32 && !lanes) return (const float*)x;
+    float* out = scratch<float>(cols * (lanes ? lanes : n));
+    if (lanes) memset(out, 0, cols * lanes * sizeof(float));
+    of_type(x, type, [=](auto* from) -> const void* {
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t k = 0; k < cols; ++k) convert(from[i * cols + k], out + (lanes ? k * lanes + i : i * cols + k));
+        return out;
+    });
     return out;
 }
 
-static const float* transposed(const void* x, int64_t type, int64_t n, int64_t cols, int64_t lanes) {
-    float* out = scratch<float>(cols * lanes);
-    for (int64_t k = 0; k < cols; ++k)
-        for (int64_t i = 0; i < lanes; ++i) out[k * lanes + i] = i < n ? fetch(x, type, i * cols + k) : 0;
-    return out;
+#if !defined(ISA_PLAIN) && (defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON))
+template <class Ops> static void multiply_bits(Call& call, const void* x, int64_t type, int64_t cols) {
+    call.x = of_type(x, type, [&](auto* from) { return packed<Ops>(from, call.n, cols); });
+    call.work = bits<Ops>;
 }
+#endif
 
 // Up to how many rows of x `multiply` takes at once.
 extern "C" int64_t most_rows(int64_t columns, int64_t type, int64_t amx) {
@@ -64,9 +54,11 @@ extern "C" int64_t most_rows(int64_t columns, int64_t type, int64_t amx) {
 #ifdef HAS_AMX
     if (!columns && amx && type == BF16 && VALUE_IS == BF16) return AMX_ROWS;
 #endif
-    return columns ? 16 : 8;
+    return columns ? 16 : 128;
+#elif defined(ISA_AVX2) || defined(ISA_NEON)
+    return columns ? 8 : 128;
 #else
-    return 8;
+    return 128;
 #endif
 }
 
@@ -76,12 +68,12 @@ extern "C" void multiply(const Layer* layer, const void* x, void* y, int64_t n, 
     call.layer = layer, call.y = y, call.n = n, call.type = type, call.stride = padded(layer->cols);
 #if defined(ISA_AVX512)
     if (layer->columns) {
-        call.x = n == 1 ? floats(x, type, n, layer->cols, false) : transposed(x, type, n, layer->cols, 16);
-        call.work = n == 1 ? avx512_columns_1 : avx512_columns_16;
+        call.x = floats(x, type, n, layer->cols, n == 1 ? 0 : Floats::LANES);
+        call.work = n == 1 ? columns_1 : columns_many<Floats>;
         return run(call, threads, parallel);
     }
 #if VALUE_IS == 1 && defined(__AVX512BF16__)
-    if (type == BF16 && n > 1) {
+    if (type == BF16) {
 #ifdef HAS_AMX
         if (amx && n > 2) {
             const int64_t blocks = (n + 15) / 16, steps = call.stride / 32;
@@ -97,27 +89,18 @@ extern "C" void multiply(const Layer* layer, const void* x, void* y, int64_t n, 
             return run(call, threads, parallel);
         }
 #endif
-        if (layer->cols % 64) {
-            bf16* out = scratch<bf16>(n * call.stride);
-            for (int64_t i = 0; i < n; ++i) {
-                memcpy((void*)(out + i * call.stride), (const bf16*)x + i * layer->cols, 2 * layer->cols);
-                memset((void*)(out + i * call.stride + layer->cols), 0, 2 * (call.stride - layer->cols));
-            }
-            x = out;
-        }
-        static const Work dots[] = EACH(avx512_dot);
-        call.x = x, call.work = dots[n - 1];
+        call.x = packed<Dots>((const bf16*)x, n, layer->cols), call.work = bits<Dots>;
         return run(call, threads, parallel);
     }
 #endif
-    static const Work works[] = EACH(avx512_bits);
-    call.x = floats(x, type, n, layer->cols, VALUE_IS == BF16), call.work = works[n - 1];
+    multiply_bits<Floats>(call, x, type, layer->cols);
 #elif defined(ISA_AVX2) || defined(ISA_NEON)
-    static const Work works[] = EACH(lanes_bits);
-    if (layer->columns && n > 1) call.x = transposed(x, type, n, layer->cols, 8), call.work = lanes_columns;
-    else call.x = floats(x, type, n, layer->cols, false), call.work = layer->columns ? lanes_columns_1 : works[n - 1];
+    if (layer->columns) {
+        call.x = floats(x, type, n, layer->cols, n == 1 ? 0 : Lanes::LANES);
+        call.work = n == 1 ? columns_1 : columns_many<Lanes>;
+    } else multiply_bits<Lanes>(call, x, type, layer->cols);
 #else
-    call.x = floats(x, type, n, layer->cols, false), call.work = plain_rows;
+    call.x = floats(x, type, n, layer->cols, 0), call.work = plain_rows;
 #endif
     run(call, threads, parallel);
 }
@@ -127,9 +110,9 @@ extern "C" void decode(const Layer* layer, void* y, int64_t as_float, int64_t th
     Call call;
     call.layer = layer, call.y = y;
 #if defined(ISA_AVX512)
-    call.work = as_float ? avx512_decode<float> : avx512_decode<VALUE>;
+    call.work = as_float ? bits_decode<Floats, float> : bits_decode<std::conditional<VALUE_IS == F32, Floats, Halves>::type, VALUE>;
 #elif defined(ISA_AVX2) || defined(ISA_NEON)
-    call.work = as_float ? lanes_decode<float> : lanes_decode<VALUE>;
+    call.work = as_float ? bits_decode<Lanes, float> : bits_decode<Lanes, VALUE>;
 #else
     call.work = as_float ? plain_decode<float> : plain_decode<VALUE>;
 #endif

@@ -1,0 +1,149 @@
+"""A sparse model where dense ones are used: pipelines, lm-eval, copies, compiled, exported; and what loading takes."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_llama, tiny_mixtral
+from test_experts import tiny_gpt_oss
+from test_to_sparse import every_layer_is_faster, half_zero, outputs  # noqa: F401 (a fixture)
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
+
+from hf_lpdecay import load_sparse, native, pack, to_sparse
+from hf_lpdecay.evaluation import lm_eval_scores
+from hf_lpdecay.inference import SparseLinear, kernels, to_dense
+from hf_lpdecay.inference.experts import SparseExperts
+
+
+TASK = """
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_lm_eval_and_a_pipeline(language_model, tmp_path):
+    pytest.importorskip("lm_eval")
+    rows = [{"question": f"{a} plus 1 is", "choices": [str(a + 1), "x"], "answer": 0} for a in range(5)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sums.yaml").write_text(TASK.format(file=tmp_path / "sums.jsonl"))
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    scores, texts = [], []
+    for convert in (nn.Module.eval, to_sparse):
+        model = convert(half_zero(AutoModelForCausalLM.from_pretrained(language_model)))
+        scores.append(lm_eval_scores(model, tokenizer, ["sums"], include_path=str(tmp_path), batch_size=2))
+        generate = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+        texts.append(generate("def main", max_new_tokens=4, do_sample=False)[0]["generated_text"])
+    assert isinstance(model.model.layers[0].mlp.up_proj, SparseLinear)
+    assert scores[0]["sums"]["acc,none"] == scores[1]["sums"]["acc,none"] and texts[0] == texts[1]
+
+
+def test_copied_compiled_and_exported():
+    model = to_sparse(half_zero(tiny_llama()))
+    expected = outputs(model)
+    assert torch.equal(outputs(copy.deepcopy(model)), expected)
+    ids = torch.arange(20)[None]
+    compiled = torch.compile(model, backend="eager")(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(compiled, expected)
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    program = torch.export.export(Logits(), (ids,), strict=False)
+    assert "hf_lpdecay.sparse_linear" in program.graph_module.code
+    torch.testing.assert_close(program.module()(ids), expected)
+
+
+@pytest.mark.parametrize("make", [tiny_mixtral, tiny_gpt_oss])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_every_expert_is_a_sparse_layer(make, implementation):
+    model = half_zero(make())
+    model.config._experts_implementation = implementation
+    expected = outputs(model)
+    to_sparse(model, dtype=torch.float16)
+    experts = [module for module in model.modules() if isinstance(module, SparseExperts)]
+    assert len(experts) == 4 and len(experts[0]) == model.config.num_local_experts
+    assert not any(param.dim() == 3 for param in model.parameters())
+    assert (outputs(model) - expected).abs().max() < 5e-3 * expected.abs().max()
+    assert (outputs(copy.deepcopy(model)) == outputs(model)).all()
+    with pytest.raises(TypeError, match="takes part in products only, not in add"):
+        torch.add(torch.ones(2), experts[0][0])
+    to_dense(model)
+    assert model.config._experts_implementation == implementation
+    assert sum(param.dim() == 3 and param.dtype == torch.float32 for param in model.parameters()) == 4
+
+
+def test_experts_that_are_computed_otherwise_stay_dense(monkeypatch, caplog):
+    monkeypatch.setattr("hf_lpdecay.inference.convert.has_eager", lambda module: False)
+    model = to_sparse(half_zero(tiny_mixtral()))
+    assert sum(param.dim() == 3 for param in model.parameters()) == 4
+    assert "8 of 12 linear layers are sparse" in caplog.text and "4 of experts that are not computed" in caplog.text
+
+
+def test_other_names_in_the_files_are_said(tmp_path, caplog):
+    model = half_zero(tiny_mixtral())
+    model.save_pretrained(tmp_path)
+    loaded = load_sparse(tmp_path)
+    assert "other names than MixtralForCausalLM's own, so the model is loaded dense first" in caplog.text
+    torch.testing.assert_close(outputs(loaded), outputs(model), rtol=1e-4, atol=1e-5)
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from hf_lpdecay.inference import loading
+from hf_lpdecay.inference.generation import memory
+loading.choose_encoding = lambda weight, sparsity: False if sparsity > 0.3 else None
+loading.pack_head = lambda model, dtype: False
+kib = lambda name: int(re.search(rf"{name}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+loading.load_sparse(sys.argv[1])  # what is imported and compiled at the first time
+Path("/proc/self/clear_refs").write_text("5")
+before = kib("VmRSS")
+model = loading.load_sparse(sys.argv[2])
+print((kib("VmHWM") - before) * 1024 - memory(model))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="a peak that can be reset is Linux's")
+def test_peak_memory_of_loading(tmp_path):
+    for name, width in (("small", 64), ("large", 16384)):
+        sizes = {"hidden_size": 1024, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 16}
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes))
+        model = model.to_empty(device="cpu").to(torch.bfloat16)
+        for param in model.parameters():
+            param.data.fill_(1.0)[..., ::2] = 0.0
+        model.save_pretrained(tmp_path / name / "dense")
+        pack(tmp_path / name / "dense", tmp_path / name / "packed")
+    # Every tensor in memory of its own, so that what the allocator keeps does not count.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    for kind in ("dense", "packed"):
+        command = [sys.executable, "-c", PEAK, tmp_path / "small" / kind, tmp_path / "large" / kind]
+        above = int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+        assert above < 2 * 2 * 1024 * 16384, kind
+
+
+def test_another_processors_kernel_is_not_loaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = []
+    for processor in ("one", "another", "one"):
+        monkeypatch.setattr(native, "_processor", lambda name=processor: name)
+        kernels.Kernel(torch.float32, "plain")
+        built.append(sorted(path.name for path in (tmp_path / "hf_lpdecay").glob("*.so")))
+    assert [len(names) for names in built] == [1, 2, 2]
