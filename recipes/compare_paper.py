@@ -19,7 +19,7 @@ from arguments import parse_recipe
 from transformers import TrainingArguments
 
 from hf_lpdecay import LpDecayConfig
-from hf_lpdecay.sparsity.report import write_text
+from hf_lpdecay.files import write_text
 
 
 @dataclass
