@@ -23,8 +23,8 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
 
     A neuron or head counts as zero if its column in the layer that writes to the residual stream is. Every layer of a
     standard model has equally many, so layers with fewer left keep zero ones to match the fullest; so do the experts
-    of a mixture, each of which keeps its own neurons. The result is an
-    ordinary model: `save_pretrained` writes a plain config.json, which needs no code of ours.
+    of a mixture, each of which keeps its own neurons. The result is an ordinary model: `save_pretrained` writes a plain
+    config.json, which needs no code of ours.
 
     Heads can be cut where the config holds the heads' width by itself (Llama, Qwen, Mistral, Phi-3 and their like).
     GPT-2, OPT, BERT, GPT-NeoX and others derive it from the number of heads, OLMo-2 normalizes over all heads, and in
