@@ -116,9 +116,10 @@ def test_wrong_input_is_refused_with_exit_code_2(tmp_path, capsys):
     assert stop.value.code == 2
 
 
-def test_help_has_examples():
-    done = subprocess.run([sys.executable, "-m", "hf_lpdecay.cli", "report", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "lpdecay report outputs/tuned --against outputs/sparse" in done.stdout
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", "--help"])
+    assert not stop.value.code and "lpdecay report outputs/tuned --against outputs/sparse" in capsys.readouterr().out
 
 
 def test_the_help_and_a_report_do_not_wait_for_transformers(tmp_path):
