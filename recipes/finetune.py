@@ -18,7 +18,7 @@ from arguments import AdapterArguments, parse_recipe
 from data import check_files, data_facts
 from peft import get_peft_model
 from pypi_models import license_of, resolve_model
-from run_folder import claim_folder, stopped
+from run_folder import claim_folder, finish, stopped
 from tasks import TASKS, Task, TaskArguments
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments, TrainingArguments, set_seed
@@ -75,21 +75,17 @@ def main(argv: list[str]) -> int:
             trainer.merge_adapters()
         with naming_a_full_disk(args.output_dir):
             trainer.save_model()
+        trainer.accelerator.wait_for_everyone()
+        # What counts is what lies on the disk.
+        model = type(trainer.model).from_pretrained(args.output_dir, dtype=torch.float32)
+        after = evaluate_model(model, task, args, "after")
     except (KeyboardInterrupt, FullDiskError) as error:
         return stopped(error, args.output_dir)
-    trainer.accelerator.wait_for_everyone()
-    # What counts is what lies on the disk.
-    model = type(trainer.model).from_pretrained(args.output_dir, dtype=torch.float32)
-    after = evaluate_model(model, task, args, "after")
     if trainer.is_world_process_zero():
         continued.append(task.sample(model))
         write_report(script, task, trainer, {"before": before, "after": after}, seconds)
         write_next_steps(task, args.output_dir, continued)
-    if args.push_to_hub:  # again, now that the card has results
-        trainer.push_to_hub()
-    # Together: a process that leaves while others are still connected to it can take them along.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    finish(trainer)
     return 0
 
 

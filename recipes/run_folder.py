@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import Trainer
 
 from hf_lpdecay.files import write_text
 from hf_lpdecay.training import FullDiskError, last_whole_checkpoint
@@ -57,6 +58,15 @@ def claim_folder(output_dir: str, options: dict[str, Any]) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(note, yaml.safe_dump(options, sort_keys=True))
     return None
+
+
+def finish(trainer: Trainer) -> None:
+    """Push to the hub once more, now that the card has results, and end all processes together."""
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    # A process that leaves while others are still connected to it can take them along.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def stopped(error: KeyboardInterrupt | FullDiskError, output_dir: str) -> int:

@@ -18,7 +18,7 @@ from data import BUILTIN, DataArguments, check_files, data_facts, head, load_tex
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from pypi_models import license_of, resolve_model
-from run_folder import claim_folder, stopped
+from run_folder import claim_folder, finish, stopped
 from stdlib_text import load_stdlib_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, SFTConfig, get_peft_config
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
         return stopped(error, args.output_dir)
     if trainer.is_world_process_zero():
         report(script, trainer, model_args, found)
+    finish(trainer)
     return 0
 
 
