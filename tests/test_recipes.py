@@ -218,7 +218,8 @@ def test_every_config_parses_and_starts_with_its_launch_command():
     assert len(configs) >= 5
     for path in configs:
         first = path.read_text().splitlines()[0]
-        assert re.match(r"# (accelerate launch|python) recipes/\w+\.py .*\((two CPU cores|one GPU)", first), path
+        where = r"\((two CPU cores|one GPU|tried with a tiny model)"
+        assert re.match(rf"# (accelerate launch|python) recipes/\w+\.py .*{where}", first), path
         if "finetune.py" not in first:
             continue
         _, lp_config, args, given = finetune.parse(["--config", str(path)])

@@ -38,8 +38,8 @@ class SparsityController:
     until the next plan the threshold follows the decaying weights down, so that no other weight falls below it. From
     the first plan on, zeros stay zero. With `hard_cut` each plan sets the weights below ``q`` to zero instead.
 
-    Experts that share a 3-D parameter lose equally many neurons each. A plan measures the scores of each expert's
-    neurons by that expert's own ``q`` (`lp_unit`), so that one threshold is right for all of them.
+    Experts that share a 3-D parameter lose equally many neurons each: a plan divides the scores of an expert's neurons
+    by that expert's own ``q`` (`lp_unit`).
 
     The plan is kept in the optimizer's state, and the pruning mask in the weights' own zeros, so that the optimizer's
     and the model's checkpoints hold everything that a resumed run needs.
@@ -293,20 +293,18 @@ class SparsityController:
         """The scores `r` of what is ranked together, one tensor at a time; of weights, this process's part."""
         for one in pool:
             units = isinstance(one, Units)
-            score = self._unit_scores(one, (measures or {}).get(one)) if units else local(self._score(one))
-            yield score.to(torch.float32)
+            yield (self._unit_scores(one, (measures or {}).get(one)) if units else local(self._score(one))).float()
 
     def _unit_scores(self, units: Units, measure: Tensor | None = None) -> Tensor:
         """The scores of units; those of experts by the measure given, or that of the last plan."""
-        if measure is None:
-            measure = self.optimizer.state[units.params[0]].get("lp_unit")
+        measure = self.optimizer.state[units.params[0]].get("lp_unit") if measure is None else measure
         score = units.score(self._score)
         return score if measure is None else score / measure
 
     def _measure(self, units: Units, sparsity: float) -> Tensor:
         """The score in each expert below which the next plan's neurons lie, shape (experts, 1)."""
         count = max(1, round(sparsity * units.count))
-        smallest = units.score(self._score).kthvalue(count, dim=-1, keepdim=True).values
+        smallest = units.score(self._score).float().kthvalue(count, dim=-1, keepdim=True).values
         return smallest.clamp_min_(torch.finfo(torch.float32).tiny)  # where so many are zero already
 
     def _score(self, param: Tensor) -> Tensor:

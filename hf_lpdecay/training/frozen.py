@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import LpDecayConfig
+from ..files import written_aside
 from ..optim.decay import Batches, decay_
 from ..sparsity import input_dims
 from ..sparsity.patterns import Structured, parse_pattern
@@ -79,9 +80,8 @@ class FrozenBase:
             (WEIGHTS_FILE, lambda path: save_file(tensors, path)),
             (PLAN_FILE, lambda path: torch.save(plan, path)),
         ):
-            temporary = Path(folder, f"{file}.tmp")
-            write(temporary)
-            os.replace(temporary, Path(folder, file))
+            with written_aside(Path(folder, file)) as aside:
+                write(aside)
 
     @torch.no_grad()
     def load(self, folder: str | os.PathLike) -> None:

@@ -1,12 +1,12 @@
 """What a `Trainer` does for a frozen base that becomes sparse: save it, load it, merge the adapters into it."""
 
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..files import written_aside
 from ..sparsity.selection import own_name
 from .adapters import merge_sparse, update_mask_record
 from .callbacks import SparsityCallback, unwrapped
@@ -65,13 +65,11 @@ class FrozenBaseMixin:
         return self._frozen is not None and self._frozen.changes
 
     def _save_base(self, folder: Path) -> None:
-        aside = folder / f"{BASE_FOLDER}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        self._frozen.save_model(aside)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(aside)
-        shutil.rmtree(folder / BASE_FOLDER, ignore_errors=True)
-        os.rename(aside, folder / BASE_FOLDER)
+        with written_aside(folder / BASE_FOLDER) as aside:
+            self._frozen.save_model(aside)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(aside)
+            shutil.rmtree(folder / BASE_FOLDER, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._base_changes():
