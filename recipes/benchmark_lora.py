@@ -28,6 +28,8 @@ from hf_lpdecay.training.learning_rates import learning_rates_of
 METHODS = ("lora", "masked-lora", "masked-lora, dropout 0.1", "frozen-base", "all-weights")
 # The shortest ramp, and the steps before it in which the importance is measured.
 BEFORE, RAMP = 5, 10
+# Its Hessians are collected in the second half of the ramp.
+ONE_PLAN = LpDecayConfig(target_sparsity=0.5, num_plans=1)
 
 
 def main(argv: list[str]) -> int:
@@ -67,7 +69,7 @@ def measure(method: str, shape: str, rank: int, batch: tuple[int, int], steps: i
         dropout = 0.1 if "dropout" in method else 0.0
         model = get_peft_model(model, LoraConfig(r=rank, lora_dropout=dropout, target_modules="all-linear"))
         if method == "frozen-base":
-            frozen, skip, steps = find_frozen_base(model, LpDecayConfig(target_sparsity=0.5)), BEFORE, RAMP
+            frozen, skip, steps = find_frozen_base(model, ONE_PLAN), BEFORE, RAMP
         elif method != "lora":
             mask_lora(model)
     trained = [param for param in model.parameters() if param.requires_grad]

@@ -1,17 +1,21 @@
 """Any optimizer of `TrainingArguments` in `LpDecayTrainer`."""
 
 import pytest
+import torch
 from conftest import same_bits, tiny_llama, trainer_for, weights
 
-from hf_lpdecay import LpDecay, LpDecayConfig
+from hf_lpdecay import LpAdamW, LpDecay, LpDecayConfig
+from hf_lpdecay.sparsity.importance import second_moment
 
 
 def config(**options):
     return LpDecayConfig(target_sparsity=0.5, num_plans=3, **options)
 
 
-@pytest.mark.parametrize("optim", ["adafactor", "sgd", "rmsprop", "adagrad"])
+@pytest.mark.parametrize("optim", ["adafactor", "sgd", "rmsprop", "adagrad", "adamw_bnb_8bit", "paged_adamw_32bit"])
 def test_an_optimizer_of_the_arguments_trains_to_the_exact_target_and_resumes(tmp_path, optim):
+    if "adamw" in optim:
+        pytest.importorskip("bitsandbytes")
     options = {"optim": optim, "learning_rate": 1e-2, "max_steps": 24, "save_strategy": "steps", "save_steps": 8}
     trainer = trainer_for(tmp_path / "whole", config(), **options)
     assert trainer.lp_config.importance == ("activation" if optim == "sgd" else "adam")
@@ -23,6 +27,18 @@ def test_an_optimizer_of_the_arguments_trains_to_the_exact_target_and_resumes(tm
     again = trainer_for(tmp_path / "whole", config(), model=tiny_llama(seed=1), **options)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
     assert same_bits(weights(trainer.model), weights(again.model))
+
+
+def test_the_second_moment_of_bitsandbytes_is_dequantized():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    param = torch.nn.Parameter(torch.randn(70, 130))  # the last block is cut off
+    found = []
+    for optimizer in (bitsandbytes.optim.AdamW8bit([param]), bitsandbytes.optim.AdamW([param]), LpAdamW([param])):
+        param.grad = torch.linspace(-1, 1, param.numel()).view_as(param)
+        optimizer.step()
+        found.append(second_moment(optimizer.state[param]))
+    assert torch.allclose(found[1], found[2], rtol=1e-5) and found[0].dtype == torch.float32
+    assert torch.allclose(found[0], found[1], atol=0.02 * found[1].max().item())
 
 
 def test_optim_args_reach_the_optimizer(tmp_path):

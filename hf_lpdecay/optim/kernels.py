@@ -77,14 +77,27 @@ def covers(tensors: tuple[Tensor, ...], factors: tuple[Tensor, Tensor] | None, p
     )
 
 
-def build(case: Case) -> Callable[[bytes, int, int, int], None]:
+class Kernel(NamedTuple):
+    """A compiled kernel.
+
+    Args:
+        part (`Callable`): `part(tasks, number of tasks, number of this part, parts of each task)` does one of them.
+        together (`Callable`): `together(tasks, number of tasks, threads)` does all, by the threads that torch has;
+            returns 0 where it cannot be had, and nothing was done.
+    """
+
+    part: Callable[[bytes, int, int, int], None]
+    together: Callable[[bytes, int, int], int]
+
+
+def build(case: Case) -> Kernel:
     """Compile the kernel for a case, once in a process.
 
     Args:
         case (`Case`): What for.
 
     Returns:
-        `Callable`: `run(tasks, number of tasks, first element, last element)`.
+        `Kernel`: What runs it.
 
     Raises:
         RuntimeError: If there is no C++ compiler, or it fails.
@@ -105,7 +118,7 @@ def available(case: Case) -> bool:
 
 
 @functools.cache
-def _build(case: Case) -> Callable[[bytes, int, int, int], None] | str:
+def _build(case: Case) -> Kernel | str:
     """The kernel, or why there is none: a compiler that failed once is not asked again in the next step."""
     defines = {
         "NORM": case.norm,
@@ -116,12 +129,13 @@ def _build(case: Case) -> Callable[[bytes, int, int, int], None] | str:
         "MOMENT": _TYPES[case.moment],
     }
     try:
-        run = load_library("optimizer", (SOURCE,), defines).run
+        library = load_library("optimizer", (SOURCE,), defines)
     except RuntimeError as error:
         return str(error)
-    run.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
-    run.restype = None
-    return run
+    library.run.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+    library.run.restype = None
+    library.run_together.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
+    return Kernel(library.run, library.run_together)
 
 
 @functools.cache
@@ -132,7 +146,7 @@ def warn_once(reason: str) -> None:
 
 
 class Batch:
-    """Parameters that are updated together, by as many threads as torch uses.
+    """Parameters that are updated together, by as many threads as torch uses, and by torch's own where they can be had.
 
     Nothing happens before [`Batch.run`], which must come before any of the tensors changes.
     """
@@ -180,11 +194,11 @@ class Batch:
         for case, tasks in self._tasks.items():
             function, buffer, numel = build(case), b"".join(tasks), self._numel[case]
             threads = max(1, min(torch.get_num_threads(), numel // _MIN_ELEMENTS_PER_THREAD))
-            # Parts that start at a cache line, as far as the tensors do.
-            edges = [numel * i // threads // 64 * 64 for i in range(threads)] + [numel]
-            parts = [(buffer, len(tasks), *edges[i : i + 2]) for i in range(threads)]
-            others = [_pool(threads - 1).submit(function, *part) for part in parts[1:]]
-            function(*parts[0])
+            if threads > 1 and function.together(buffer, len(tasks), threads):
+                continue
+            parts = [(buffer, len(tasks), part, threads) for part in range(threads)]
+            others = [_pool(threads - 1).submit(function.part, *part) for part in parts[1:]]
+            function.part(*parts[0])
             for other in others:
                 other.result()
 

@@ -143,13 +143,13 @@ static void update(const Task& task, int64_t begin, int64_t end, float row, cons
     }
 }
 
-// The elements from `begin` to `end` of all tasks, laid end to end.
-extern "C" void run(const Task* tasks, int64_t count, int64_t begin, int64_t end) {
-    int64_t first = 0;
-    for (int64_t k = 0; k < count; first += tasks[k++].numel) {
+// One of `parts` equal parts of each task, which begin at a cache line as far as the tensors do. torch's own kernels give
+// each of their threads the same part of a tensor, so that it may still lie in the cache of this thread's core.
+extern "C" void run(const Task* tasks, int64_t count, int64_t part, int64_t parts) {
+    for (int64_t k = 0; k < count; k++) {
         const Task& task = tasks[k];
-        int64_t from = begin > first ? begin - first : 0;
-        int64_t to = end - first < task.numel ? end - first : task.numel;
+        int64_t from = task.numel * part / parts / 64 * 64;
+        int64_t to = part + 1 == parts ? task.numel : task.numel * (part + 1) / parts / 64 * 64;
         if (!FACTORS) {
             if (from < to) update(task, from, to, 1.0f, nullptr);
             continue;
@@ -162,3 +162,33 @@ extern "C" void run(const Task* tasks, int64_t count, int64_t begin, int64_t end
         }
     }
 }
+
+#if defined(__linux__)
+// The OpenMP that torch computes with, wherever it has loaded it from; null if it has none. Its threads go on spinning
+// for a while when they are done, and threads of our own would share the cores with them.
+extern "C" {
+void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
+int omp_get_thread_num() __attribute__((weak));
+int omp_get_num_threads() __attribute__((weak));
+}
+
+struct Call {
+    const Task* tasks;
+    int64_t count;
+};
+
+static void run_part(void* data) {
+    const Call* call = (const Call*)data;
+    run(call->tasks, call->count, omp_get_thread_num(), omp_get_num_threads());
+}
+
+// Everything, by the threads that torch has; 0 if nothing was done.
+extern "C" int run_together(const Task* tasks, int64_t count, int64_t threads) {
+    if (!GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads) return 0;
+    Call call = {tasks, count};
+    GOMP_parallel(run_part, &call, (unsigned)threads, 0);
+    return 1;
+}
+#else
+extern "C" int run_together(const Task*, int64_t, int64_t) { return 0; }
+#endif

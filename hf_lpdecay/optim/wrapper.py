@@ -13,8 +13,8 @@ from .functional import acts
 from .pieces import local
 
 
-# Weights that are kept at a time, 16 MB in float32. (More would come fresh from the operating system in each step.)
-KEPT = 1 << 22
+# Weights that are kept at a time: 4 MB in float32, which may stay in the cache beside all that is stepped with them.
+KEPT = 1 << 20
 
 
 class LpDecay(torch.optim.Optimizer):
@@ -26,9 +26,10 @@ class LpDecay(torch.optim.Optimizer):
     [`~hf_lpdecay.sparsity.SparsityController`] in them; schedulers and `accelerate` are given the wrapper.
 
     ``w`` must be kept while the optimizer inside steps. The optimizers of `torch.optim` step each parameter for
-    itself, so they are given a part of the parameters at a time, and what is kept is at most 16 MB or one parameter. Of
-    any other class (and of `LBFGS`, and where hooks are registered on the step) that is not known, and a copy of the
-    decayed weights is made in each step. With `post_step` alone nothing is kept.
+    itself, so they are given a part of the parameters at a time, and what is kept is at most 4 MB or one parameter; on
+    a CPU this buffer stays for the next step, since fresh memory takes ten times as long to fill. Of any other class
+    (and of `LBFGS`, and where hooks are registered on the step) that is not known, and a copy of the decayed weights is
+    made in each step. With `post_step` alone nothing is kept.
 
     Args:
         optimizer (`torch.optim.Optimizer`): Steps first. Its own weight decay adds up with this one.
@@ -67,6 +68,12 @@ class LpDecay(torch.optim.Optimizer):
             for name, value in options.items():
                 group.setdefault(name, value)
             _check_group(group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # For each dtype the buffer of `_buffer`, and how much of it this part of the parameters uses.
+        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._used: dict[torch.dtype, int] = {}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -143,13 +150,14 @@ class LpDecay(torch.optim.Optimizer):
         with self._without_plans() as plans:
             if not alone:
                 wanted = [(param, group) for group in self.param_groups for param in group["params"]]
-                kept = [self._keep(param, group, plans) for param, group in wanted]
+                kept = [self._keep(param, group, plans, torch.clone) for param, group in wanted]
                 with torch.enable_grad():
                     loss = self.optimizer.step(closure)
                 self._decay(kept)
             else:
                 for group, params in self._parts():
-                    kept = [self._keep(param, group, plans) for param in params]
+                    self._used.clear()
+                    kept = [self._keep(param, group, plans, self._buffer) for param in params]
                     with _only(self.optimizer, group, params):
                         self.optimizer.step()
                     self._decay(kept)
@@ -196,7 +204,25 @@ class LpDecay(torch.optim.Optimizer):
             for param, plan in plans.items():
                 self.state[param].update(plan)
 
-    def _keep(self, param: Tensor, group: dict[str, Any], plans: dict[Tensor, dict[str, Any]]) -> dict[str, Any]:
+    def _buffer(self, weight: Tensor) -> Tensor:
+        """A copy of a weight: on a CPU in a buffer, which the next part of the parameters uses again."""
+        if weight.device.type != "cpu":  # its allocator keeps what is freed
+            return weight.clone()
+        used = self._used.get(weight.dtype, 0)
+        buffer = self._buffers.get(weight.dtype)
+        if buffer is None or len(buffer) < used + weight.numel():
+            # What lies in the old one stays alive there.
+            buffer = self._buffers[weight.dtype] = weight.new_empty(max(KEPT, used + weight.numel()))
+        self._used[weight.dtype] = used + weight.numel()
+        return buffer[used : used + weight.numel()].view(weight.shape).copy_(weight)
+
+    def _keep(
+        self,
+        param: Tensor,
+        group: dict[str, Any],
+        plans: dict[Tensor, dict[str, Any]],
+        copy: Callable[[Tensor], Tensor],
+    ) -> dict[str, Any]:
         """What must be known of a parameter before it is stepped."""
         if param.grad is not None and param.grad.is_sparse:
             raise RuntimeError("LpDecay does not take sparse gradients; make the embedding with sparse=False.")
@@ -206,7 +232,7 @@ class LpDecay(torch.optim.Optimizer):
         options = options_of(group, plan, lr)
         decays = acts(lr, options["lp_lambda"])
         needed = options["freeze_zeros"] or (decays and not group["post_step"])
-        before = local(param).clone() if needed else None
+        before = copy(local(param)) if needed else None
         return {"param": param, "group": group, "plan": plan, "options": options, "decays": decays, "before": before}
 
     def _decay(self, kept: list[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ logger = logging.get_logger(__name__)
 
 # The second moment of Adam, RMSprop and Adagrad in the optimizer's state.
 _SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
+_BNB_BLOCK = 256
 
 
 def importance_from_adam(params: list[Tensor], state: dict, together: bool) -> None:
@@ -33,10 +34,24 @@ def importance_from_adam(params: list[Tensor], state: dict, together: bool) -> N
         of_param = state[param]
         if "exp_avg_sq_row" in of_param:  # Adafactor's is factored already
             means[param] = of_param["exp_avg_sq_row"].unsqueeze(-1), of_param["exp_avg_sq_col"].unsqueeze(-2)
-        elif (name := next(filter(of_param.__contains__, _SECOND_MOMENTS), None)) is not None:
-            moment = of_param[name]
+        elif (moment := second_moment(of_param)) is not None:
             means[param] = whole(moment.mean(-1, keepdim=True)), whole(moment.mean(-2, keepdim=True))
     write_factors(means, state, together)
+
+
+def second_moment(state: dict) -> Tensor | None:
+    """The second moment in an optimizer's state of one parameter, if it is there under a name that is known.
+
+    That of bitsandbytes' Adam is `state2`: in 8 bits it holds places in the table `qmap2`, and `absmax2` is the scale
+    of each 256 of them.
+    """
+    if "state2" not in state:
+        return next((state[name] for name in _SECOND_MOMENTS if name in state), None)
+    moment = state["state2"]
+    if moment.dtype != torch.uint8:
+        return moment
+    values = state["qmap2"][moment.flatten().int()]
+    return (values * state["absmax2"].repeat_interleave(_BNB_BLOCK)[: moment.numel()]).view(moment.shape)
 
 
 def importance_from_calibration(params: list[Tensor], state: dict, together: bool) -> None:

@@ -13,7 +13,10 @@ logger = logging.get_logger(__name__)
 # What LpAdamW itself is; anything else is wrapped in LpDecay.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 # Those whose second moment `importance_from_adam` finds, beside AdamW's.
-_SECOND_MOMENT = ("adafactor", "rmsprop", "adagrad")
+_SECOND_MOMENT = (
+    *("adafactor", "rmsprop", "adagrad"),
+    *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+)
 
 
 def check_optim(optim: str, config: LpDecayConfig) -> None:
