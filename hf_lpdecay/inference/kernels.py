@@ -35,6 +35,8 @@ INSTRUCTION_SETS = {
 PADDING = 64
 # Of the weight that is decoded at a time when there are many rows; smaller parts made torch's product slower.
 _TILE_BYTES = 32 << 20
+# Up to so many rows of x the packed weight itself is multiplied, several times if need be.
+_FEW = 128
 
 
 class Weight(NamedTuple):
@@ -158,8 +160,7 @@ def linear(kernel: Kernel, weight: Weight, bias: Tensor | None, x: Tensor, layer
             kernel.multiply(layer or kernel.describe(weight, bias), x, y, n)
         return y
     flat, out = x.view(n, weight.cols), y.view(n, weight.rows)
-    # Four times the same weight is still faster than a dense product of so few rows where values are rare.
-    if weight.columns and n <= 4 * most:
+    if n <= _FEW:
         layer = layer or kernel.describe(weight, bias)
         for part, result in zip(flat.split(most), out.split(most)):
             kernel.multiply(layer, part, result, len(part))
