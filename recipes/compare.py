@@ -97,10 +97,7 @@ def main(argv: list[str]) -> int:
         for seed in script.seeds:
             for method in (*script.methods, *script.init_from):
                 runs.append({"method": method, "seed": seed, **run(script, lp_config, args, task, method, seed)})
-                print(json.dumps(runs[-1]), flush=True)
-                # Written after every run, so that nothing is lost.
-                Path(script.results_file).parent.mkdir(parents=True, exist_ok=True)
-                write_text(script.results_file, json.dumps({"options": given, "runs": runs}, indent=2) + "\n")
+                record(runs, given, script.results_file)
     except (ValueError, OSError) as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 2
@@ -128,6 +125,13 @@ def run(script, lp_config: LpDecayConfig, args, task: Task, method: str, seed: i
     del trainer, model
     gc.collect()
     return {metric: value, "before": before[metric], "sparsity": sparsity, "seconds": round(seconds, 1)}
+
+
+def record(runs: list[dict], given: dict, path: str) -> None:
+    """Print the last run, and write all of them: after each one, so that nothing is lost."""
+    print(json.dumps(runs[-1]), flush=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"options": given, "runs": runs}, indent=2) + "\n")
 
 
 def table(runs: list[dict]) -> str:

@@ -9,7 +9,6 @@ Beside them, the dense model whose frozen base becomes sparse while masked adapt
 
 import dataclasses
 import gc
-import json
 import statistics
 import sys
 import time
@@ -17,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import finetune
-from compare import check_compared
+from compare import check_compared, record
 from peft import get_peft_model
 from pypi_models import resolve_model
 from tasks import Task
 from transformers import Trainer, set_seed
 
 from hf_lpdecay import LpDecayConfig, LpDecayTrainer, mask_lora, measure_sparsity, merge_sparse
-from hf_lpdecay.files import write_text
 
 
 ON_SPARSE = ("lora", "masked-lora", "all-weights")
@@ -63,10 +61,7 @@ def main(argv: list[str]) -> int:
         for folder, method in plan:
             found = run(script, lp_config, args, task, folder, method, seed)
             runs.append({"base": Path(folder).name, "method": method, "seed": seed, **found})
-            print(json.dumps(runs[-1]), flush=True)
-            # Written after every run, so that nothing is lost.
-            Path(script.results_file).parent.mkdir(parents=True, exist_ok=True)
-            write_text(script.results_file, json.dumps({"options": given, "runs": runs}, indent=2) + "\n")
+            record(runs, given, script.results_file)
     print(f"\n{table(runs)}\n\nwritten to {script.results_file}")
     return 0
 

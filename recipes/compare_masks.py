@@ -7,17 +7,14 @@ compensated. What a training makes of them is compared by compare.py (`gmp-compe
 """
 
 import dataclasses
-import json
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import compare
 import finetune
 
 from hf_lpdecay import LpAdamW, LpDecayConfig, measure_sparsity
-from hf_lpdecay.files import write_text
 from hf_lpdecay.sparsity import SparsityDriver, participants
 
 
@@ -43,9 +40,7 @@ def main(argv: list[str]) -> int:
         runs = []
         for config in configs:
             runs.append(run(script, config, args, task))
-            print(json.dumps(runs[-1]), flush=True)
-            Path(script.results_file).parent.mkdir(parents=True, exist_ok=True)
-            write_text(script.results_file, json.dumps({"options": given, "runs": runs}, indent=2) + "\n")
+            compare.record(runs, given, script.results_file)
     except (ValueError, OSError) as error:
         print(f"compare_masks.py: error: {error}", file=sys.stderr)
         return 2

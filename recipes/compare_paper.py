@@ -6,11 +6,9 @@ The methods are those of compare.py; the model and its training are those of rep
 """
 
 import dataclasses
-import json
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import compare
 import reproduce_paper
@@ -19,7 +17,6 @@ from arguments import parse_recipe
 from transformers import TrainingArguments
 
 from hf_lpdecay import LpDecayConfig
-from hf_lpdecay.files import write_text
 
 
 @dataclass
@@ -68,9 +65,7 @@ def main(argv: list[str]) -> int:
                         "seconds": time.monotonic() - started,
                     }
                 )
-                print(json.dumps(runs[-1]), flush=True)
-                Path(script.results_file).parent.mkdir(parents=True, exist_ok=True)
-                write_text(script.results_file, json.dumps({"options": given, "runs": runs}, indent=2) + "\n")
+                compare.record(runs, given, script.results_file)
     print(f"\n{compare.table(runs)}\n\nwritten to {script.results_file}")
     return 0
 
