@@ -141,7 +141,7 @@ def test_what_cannot_be_driven_is_refused_with_the_cure(tmp_path):
 def test_a_loop_that_ends_early_says_so(caplog):
     sparsifier = Loop(TARGET).run(8).sparsifier
     sparsifier.finish()
-    assert "Training stopped after step 8, before the ramp's end at step 15" in caplog.text
+    assert "Training stopped after step 8, before the ramp's end at step 21" in caplog.text
 
 
 @pytest.fixture(scope="module")

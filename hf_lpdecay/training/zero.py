@@ -79,8 +79,8 @@ class ZeroController(SparsityController):
         self._ranges = {ranges[name].partition: ranges[name] for name in params}
         super().__init__(config, {name: ranges[name].partition for name in params}, optimizer.optimizer, *args)
 
-    def cut(self, sparsity: float) -> None:
-        super().cut(sparsity)
+    def cut(self, sparsity: float, last: bool = False) -> None:
+        super().cut(sparsity, last)
         self.optimizer.update_lp_params()  # the model's own weights, which otherwise follow with the next step
 
     def _numel(self, param: Tensor) -> int:
