@@ -50,7 +50,8 @@ class LpDecayConfig:
         require_shrinkable (`bool`, *optional*, defaults to `True`): Refuse `"neurons"` and `"heads"` before the first
             step where [`shrink`] could not cut them out. `False` trains zeros in this pattern for their own sake.
         scope (`str`, *optional*): `"layer"` makes every tensor equally sparse, `"global"` ranks all weights together.
-            Only matters with a target. Defaults to `"global"`, and to `"layer"` with n:m, neurons and heads.
+            Only matters with a target. Defaults to `"global"`, and to `"layer"` with n:m, neurons and heads, and
+            for the frozen base of a PEFT model.
         importance (`str`, *optional*): The score by which weights are pruned. `"magnitude"` is ``|w|``; `"adam"` is
             ``|w|`` times the root of AdamW's second moment, factored over rows and columns; `"activation"` is ``|w|``
             times the root mean square of its input feature in the batches before the ramp (as in Wanda). Defaults to
@@ -157,7 +158,8 @@ class LpDecayConfig:
     distill_hidden: float = field(default=0.0, metadata={"help": "Weight of the hidden states in it (SquareHead)."})
 
     def __post_init__(self):
-        self.importance_is_default = False  # no field: a copy of this config has been given what is resolved here
+        # No field: a copy of this config is given what is resolved here.
+        self.left_to_default: frozenset[str] = frozenset()
         for name in ("p", "p_start"):
             value = getattr(self, name)
             if not is_number(value) and not (value is None and name == "p_start"):
@@ -282,7 +284,7 @@ class LpDecayConfig:
             return
         # A mask of n:m is better made early, from as many tokens as one-shot methods see.
         semi_structured = isinstance(parse_pattern(self.pattern), SemiStructured)
-        self.importance_is_default = self.importance is None
+        self.left_to_default = frozenset(name for name in ("importance", "scope") if getattr(self, name) is None)
         defaults = {
             "scope": "layer" if semi_structured or self.pattern in ("neurons", "heads") else "global",
             "importance": "activation" if semi_structured else "adam",

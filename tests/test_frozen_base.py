@@ -99,7 +99,7 @@ def test_what_decays_stochastically_decays_as_in_float32_on_average():
 
 SPARSE = {
     "fp32": (torch.float32, HALF),
-    "fp32, global": (torch.float32, {"target_sparsity": 0.3}),
+    "fp32, global": (torch.float32, {"target_sparsity": 0.3, "scope": "global"}),
     "bf16": (torch.bfloat16, HALF),
     "bf16, magnitude": (torch.bfloat16, {**HALF, "importance": "magnitude", "compensate": False}),
     "bf16, 2:4": (torch.bfloat16, {"pattern": "2:4", "calibration_batches": 4, "ramp_end": 0.5}),
@@ -240,6 +240,8 @@ def test_what_cannot_be_made_sparse_is_refused_before_training(tmp_path):
         with pytest.raises(ValueError, match=message):
             trainer_for(tmp_path, LpDecayConfig(**{**HALF, **(config or {})}), model=model or frozen_llama(), **options)
 
+    trainer = trainer_for(tmp_path, LpDecayConfig(target_sparsity=0.5), model=frozen_llama())
+    assert (trainer.lp_config.importance, trainer.lp_config.scope) == ("activation", "layer")
     refused("importance='adam' needs the second moment", {"importance": "adam"})
     refused("pattern='neurons' takes units", {"pattern": "neurons"})
     refused("s_rate=0.5 would keep a number", {"s_rate": 0.5})

@@ -27,6 +27,9 @@ from .masked_lora import is_quantized_weight
 # In a checkpoint, beside the adapter: the base's weights as they are, and the plan by which they decay.
 WEIGHTS_FILE, PLAN_FILE = "frozen_base.safetensors", "frozen_base_plan.pt"
 
+# Activations differ too much from layer to layer to be compared between them: whole layers would be pruned.
+_DEFAULTS = {"importance": "activation", "scope": "layer"}
+
 
 class FrozenBase:
     """The frozen weights of a PEFT model that become sparse, as a driver sees those of an optimizer.
@@ -150,8 +153,8 @@ def find_frozen_base(model: nn.Module, config: LpDecayConfig, main_process: bool
         )
     _check(base, params, config)
     parse_pattern(config.pattern).check_all(params, input_dims(base))
-    if config.importance_is_default and config.importance == "adam":
-        config = dataclasses.replace(config, importance="activation")
+    if frozen_defaults := {name: _DEFAULTS[name] for name in config.left_to_default if config.target_sparsity}:
+        config = dataclasses.replace(config, **frozen_defaults)
     frozen = FrozenBase(base, params, config)
     mask_lora(model, becoming_sparse=params.values() if frozen.changes else ())
     if main_process:
@@ -179,7 +182,7 @@ def _check(base: nn.Module, params: dict[str, Tensor], config: LpDecayConfig) ->
             f"{quantized or 'The base'} is quantized, and a decay needs values between those that a quantized weight"
             " can have: make the model sparse first, quantize it then, and train masked adapters (mask_lora) on it."
         )
-    if config.importance == "adam" and not config.importance_is_default:
+    if config.importance == "adam" and "importance" not in config.left_to_default:
         raise ValueError(
             "importance='adam' needs the second moment of the gradients, and a frozen base has none: take 'activation'"
             " (the default there), or 'magnitude'."
