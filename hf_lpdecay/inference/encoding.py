@@ -52,6 +52,8 @@ def encode_parts(parts: Iterable[Tensor], cols: int, columns: bool, like: Tensor
         counts.append(mask.sum(1))
         if columns:
             positions.append(mask.nonzero()[:, 1].to(torch.int32).to(torch.int16).view(torch.uint8))
+        elif like.device.type == "cpu":  # many times as fast as the next lines
+            positions.append(torch.from_numpy(np.packbits(mask.numpy(), 1, bitorder="little")).flatten())
         else:
             bits = torch.nn.functional.pad(mask, (0, -cols % 8)).view(len(part), -1, 8)
             positions.append((bits * powers).sum(-1, dtype=torch.uint8).flatten())
