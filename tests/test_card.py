@@ -1,6 +1,7 @@
 """The model card as its readers see it: rendered, whatever is missing and whatever is in the names."""
 
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
@@ -27,7 +28,7 @@ FACTS = {
     "results": {"before": {"perplexity": 31.4}, "dense": {"perplexity": 20.0}, "after": {"perplexity": 25.1}},
     "lm_eval": {"after": {"arc_easy": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "arc_easy"}}},
     "evaluated_on": {"name": "WikiText-2", "split": "test", "examples": 64, "block_size": 128, "dtype": "float32"},
-    "lp_config": {**vars(LpDecayConfig(p=0.5, target_sparsity=0.5)), "scope": "global"},
+    "lp_config": {**asdict(LpDecayConfig(p=0.5, target_sparsity=0.5)), "scope": "global"},
     "training": {"steps": 100, "learning_rate": 2e-4, "adam_betas": [0.9, 0.99], "bf16_autocast": True},
     "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
     "log_history": [{"loss": 3.0, "lp_lambda": 0.125, "step": 1}],
