@@ -147,6 +147,7 @@ def train(args: Arguments, lp_config: LpDecayConfig) -> None:
         print(measure_sparsity(model, sparsifier.lp_modules).table(by="module"))
         print(f"perplexity after: {after:.4g}")
     accelerator.wait_for_everyone()
+    accelerator.free_memory()  # DDP holds the process group, whose threads must end before Python does
     accelerator.end_training()
 
 

@@ -66,6 +66,8 @@ def finish(trainer: Trainer) -> None:
         trainer.push_to_hub()
     # A process that leaves while others are still connected to it can take them along.
     trainer.accelerator.wait_for_everyone()
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()  # DDP holds the process group, whose threads must end before Python does
     trainer.accelerator.end_training()
 
 

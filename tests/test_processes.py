@@ -168,3 +168,8 @@ def test_zero_1_in_bfloat16_is_resumed_to_the_bits_of_a_run_without_interruption
     assert whole[-1]["sparsity"] == expected[-1]["sparsity"] == 0.5
     with pytest.raises(ValueError, match="Nothing of the optimizer was loaded from the checkpoint at step 12"):
         alone(tmp_path / "one", config, resume=checkpoint)
+
+
+def test_a_run_in_which_a_process_aborts_is_tried_once_more(tmp_path, capsys):
+    run_in_processes(worker.abort_once, 2, str(tmp_path / "flag"))
+    assert "exit codes [0, -6], once more" in capsys.readouterr().out

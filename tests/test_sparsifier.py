@@ -1,7 +1,6 @@
 """The decay in a loop without a Trainer."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import TARGET, same_bits, tiny_llama, token_rows, trainer_for, weights
-from processes import run_in_processes, succeed
+from processes import launch, run_in_processes, succeed
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import default_data_collator, get_scheduler, set_seed
@@ -163,7 +162,7 @@ def launched(tmp_path_factory, language_model, texts):
     outputs = ["--output_dir", str(folder / "whole")], ["--output_dir", str(folder / "resumed")]
     how = ["--config_file", str(RECIPES / "accelerate" / "ddp.yaml"), str(RECIPES / "finetune_no_trainer.py")]
     command = [sys.executable, "-m", "accelerate.commands.launch", *how, *given, *outputs[0]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = launch(command, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     resumed = [*given, *outputs[1], "--resume_from_checkpoint", str(folder / "whole" / "step_12")]
     for printed in (done.stdout, run_in_processes(succeed, 2, finetune_no_trainer.main, resumed)[0]):
