@@ -3,6 +3,7 @@
 import json
 
 import compare_paper
+import expert_quantiles
 import pytest
 import reproduce_paper
 
@@ -44,6 +45,19 @@ def test_ways_to_a_target_from_scratch(tmp_path, texts, capsys):
     assert "| lp 0.9 | 90.0" in capsys.readouterr().out
     assert compare_paper.main(["--methods", "magic"]) == 2 and compare_paper.main(["--targets", "2"]) == 2
     assert "Invalid target_sparsity: 2" in capsys.readouterr().err
+
+
+def test_rankings_of_experts_side_by_side(tmp_path, texts, capsys):
+    (tmp_path / "text.txt").write_text("".join(texts[0]["text"][:20]))
+    flags = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--block_size", "16", "--max_steps", "24"]
+    flags += ["--targets", "0.75", "--num_experts", "4", "--warmup_steps", "2"]
+    flags += ["--train_file", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "out")]
+    assert expert_quantiles.main([*flags, "--results_file", str(tmp_path / "experts.json")]) == 0
+    together, alone = json.loads((tmp_path / "experts.json").read_text())["runs"]
+    assert together["sparsity"] == alone["sparsity"] == pytest.approx(0.75, abs=1e-3)
+    assert together["loss"] != alone["loss"]
+    assert "| one per expert, 0.75 | 75.00% |" in capsys.readouterr().out
+    assert expert_quantiles.main(["--targets", "2"]) == 2
 
 
 def test_claims_are_judged_by_the_numbers():
