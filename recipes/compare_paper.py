@@ -19,13 +19,17 @@ from transformers import TrainingArguments
 from hf_lpdecay import LpDecayConfig
 
 
+# A teacher would have to be trained first.
+METHODS = {name: changes for name, changes in compare.METHODS.items() if not name.endswith("-distill")}
+
+
 @dataclass
 class PaperCompareArguments(reproduce_paper.PaperArguments):
     """What is compared."""
 
     methods: list[str] = field(
         default_factory=lambda: ["dense", "gmp", "gmp-compensate", "lp"],
-        metadata={"help": f"Which of {', '.join(compare.METHODS)}."},
+        metadata={"help": f"Which of {', '.join(METHODS)}."},
     )
     targets: list[float] = field(default_factory=lambda: [0.9], metadata={"help": "Target sparsities."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds to repeat everything with."})
@@ -33,7 +37,7 @@ class PaperCompareArguments(reproduce_paper.PaperArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        compare.check_compared(self.methods, compare.METHODS, [])
+        compare.check_compared(self.methods, METHODS, [])
 
 
 def main(argv: list[str]) -> int:
@@ -51,7 +55,7 @@ def main(argv: list[str]) -> int:
         for method in script.methods:
             if method == "dense" and config is not configs[0]:  # the same for every target
                 continue
-            changed = dataclasses.replace(config, **compare.METHODS[method])
+            changed = dataclasses.replace(config, **METHODS[method])
             name = method if method == "dense" else f"{method} {config.target_sparsity:g}"
             for args.seed in script.seeds:
                 started = time.monotonic()

@@ -44,6 +44,7 @@ def test_ways_to_a_target_from_scratch(tmp_path, texts, capsys):
         assert run["sparsity"] == pytest.approx(float(method.split()[1]) if " " in method else 0.0, abs=1e-3)
     assert "| lp 0.9 | 90.0" in capsys.readouterr().out
     assert compare_paper.main(["--methods", "magic"]) == 2 and compare_paper.main(["--targets", "2"]) == 2
+    assert compare_paper.main(["--methods", "lp-distill"]) == 2
     assert "Invalid target_sparsity: 2" in capsys.readouterr().err
 
 
