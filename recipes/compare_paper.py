@@ -2,7 +2,8 @@
 
     python recipes/compare_paper.py --train_file shakespeare.txt --targets 0.9 0.99 --seeds 0 1 2
 
-The methods are those of compare.py; the model and its training are those of reproduce_paper.py.
+The methods are those of compare.py, with the options of `LpDecayConfig`; the model and its training are those of
+reproduce_paper.py.
 """
 
 import dataclasses
@@ -42,10 +43,16 @@ class PaperCompareArguments(reproduce_paper.PaperArguments):
 
 def main(argv: list[str]) -> int:
     try:
-        (script, args), given = parse_recipe(
-            (PaperCompareArguments, TrainingArguments), argv, {"use_cpu": not torch.accelerator.is_available()}, __doc__
+        (script, lp_config, args), given = parse_recipe(
+            (PaperCompareArguments, LpDecayConfig, TrainingArguments),
+            argv,
+            {"use_cpu": not torch.accelerator.is_available(), "target_sparsity": 0.9},  # some target; `targets` has them
+            __doc__,
         )
-        configs = [LpDecayConfig(target_sparsity=target) for target in script.targets]
+        for name in ("target_sparsity", "lp_lambda"):
+            if name in given:
+                raise ValueError(f"{name}={given[name]}: name the sparsities with --targets.")
+        configs = [dataclasses.replace(lp_config, target_sparsity=target) for target in script.targets]
     except (ValueError, OSError) as error:
         print(f"compare_paper.py: error: {error}", file=sys.stderr)
         return 2

@@ -36,6 +36,7 @@ def test_ways_to_a_target_from_scratch(tmp_path, texts, capsys):
     flags += ["--targets", "0.5", "0.9", "--seeds", "0", "1", "--eval_steps", "30", "--warmup_steps", "2"]
     flags += ["--train_file", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
     flags += ["--methods", "dense", "gmp-compensate", "lp", "--results_file", str(tmp_path / "compare.json")]
+    flags += ["--num_plans", "3"]
     assert compare_paper.main(flags) == 0
     runs = json.loads((tmp_path / "compare.json").read_text())["runs"]
     found = {(run["method"], run["seed"]): run for run in runs}
@@ -44,7 +45,7 @@ def test_ways_to_a_target_from_scratch(tmp_path, texts, capsys):
         assert run["sparsity"] == pytest.approx(float(method.split()[1]) if " " in method else 0.0, abs=1e-3)
     assert "| lp 0.9 | 90.0" in capsys.readouterr().out
     assert compare_paper.main(["--methods", "magic"]) == 2 and compare_paper.main(["--targets", "2"]) == 2
-    assert compare_paper.main(["--methods", "lp-distill"]) == 2
+    assert compare_paper.main(["--methods", "lp-distill"]) == 2 and compare_paper.main(["--lp_lambda", "1"]) == 2
     assert "Invalid target_sparsity: 2" in capsys.readouterr().err
 
 
