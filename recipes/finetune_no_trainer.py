@@ -133,6 +133,7 @@ def train(args: Arguments, lp_config: LpDecayConfig) -> None:
             progress.update()
             accelerator.log({"loss": loss.item(), **sparsifier.metrics()}, step=done)
             if args.checkpointing_steps and done % args.checkpointing_steps == 0:
+                sparsifier.before_save()
                 accelerator.save_state(f"{args.output_dir}/step_{done}")
             if done == steps:
                 break

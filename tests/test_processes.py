@@ -67,6 +67,12 @@ def test_after_a_kill_the_run_is_resumed_to_the_bits_of_one_without(uninterrupte
     assert all((whole[name] == resumed[name]).all() for name in whole)
 
 
+@pytest.mark.parametrize("kind", ["dense", "plain", "experts", "frozen"])
+def test_what_the_other_processes_collected_is_in_a_checkpoint(tmp_path, kind):
+    # Plans are made at the steps 5, 13 and 21; the checkpoints lie between them, while features are collected.
+    run_in_processes(worker.resume_everywhere, 2, str(tmp_path), kind, [3, 10, 18], max_steps=30)
+
+
 def test_two_processes_go_on_as_one_and_one_as_two(uninterrupted, tmp_path):
     folder, logs = uninterrupted
     _, expected = alone(tmp_path / "one", GLOBAL, **SAVING)

@@ -7,7 +7,8 @@ import signal
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from conftest import frozen_llama, tiny_llama, tiny_mixtral, trainer_for
+from conftest import frozen_llama, same_bits, tiny_llama, tiny_mixtral, trainer_for, weights
+from test_callback import plain as plain_trainer
 from transformers import TrainerCallback
 
 from hf_lpdecay import LpDecayConfig, LpDecayTrainer
@@ -68,11 +69,27 @@ def train_experts(folder: str, configs: dict[str, dict], state_dict_type: str | 
 
 def train_frozen_base(folder: str, config: dict, dtype: str, resume: str | None = None, **options) -> None:
     """Make the frozen base of a tiny Llama sparse, and save what each process has in the end."""
-    model = frozen_llama(getattr(torch, dtype))
-    trainer = trainer_for(folder, LpDecayConfig(**config), model=model, **options)
+    trainer = trainer_for(folder, LpDecayConfig(**config), model=frozen_llama(getattr(torch, dtype)), **options)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     torch.save(trainer.model.state_dict(), os.path.join(folder, f"rank-{trainer.args.process_index}.pt"))
+
+
+def resume_everywhere(folder: str, kind: str, steps: list[int], **options) -> None:
+    """Train with a checkpoint at every step, go on from some of them, and check that each ends in the same bits."""
+    config = LpDecayConfig(target_sparsity=0.5, scope="layer", num_plans=2, importance="activation")
+    options |= {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+
+    def end(name: str, resume: str | None) -> dict[str, torch.Tensor]:
+        model = {"frozen": frozen_llama, "experts": tiny_mixtral}.get(kind, tiny_llama)()
+        make = plain_trainer if kind == "plain" else trainer_for
+        trainer = make(os.path.join(folder, name), config, model=model, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return weights(trainer.model)
+
+    whole = end("whole", None)
+    for step in steps:
+        assert same_bits(whole, end(f"from-{step}", os.path.join(folder, "whole", f"checkpoint-{step}"))), step
 
 
 def train(

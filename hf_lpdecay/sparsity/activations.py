@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .experts import hook_expert_inputs
-from .sharding import several_processes
+from .sharding import average_tensor, several_processes
 
 
 class ActivationStatistics:
@@ -52,17 +52,21 @@ class ActivationStatistics:
         self._handles = []
 
     def finish(self) -> None:
-        """Remove the hooks, and sum over all processes."""
+        """Remove the hooks, and average over all processes."""
         self.remove_hooks()
-        if several_processes():
-            for param in self._params:
-                # Sums are enough: the processes see equally many tokens, and only ratios count. Not of experts.
-                state = self._optimizer.state[param]
-                if "lp_feature_sq" not in state:  # experts whose tokens are unknown
-                    continue
-                torch.distributed.all_reduce(state["lp_feature_sq"])
-                if torch.is_tensor(state["lp_feature_count"]):
-                    torch.distributed.all_reduce(state["lp_feature_count"])
+        self.average()
+
+    def average(self) -> None:
+        """Average over all processes. What they collect later is averaged together with this: only ratios count."""
+        if not several_processes():
+            return
+        for param in self._params:
+            state = self._optimizer.state[param]
+            if "lp_feature_sq" not in state:  # experts whose tokens are unknown
+                continue
+            average_tensor(state["lp_feature_sq"])
+            if torch.is_tensor(state["lp_feature_count"]):  # of experts; otherwise all see equally many tokens
+                average_tensor(state["lp_feature_count"])
 
 
 def hook_inputs(

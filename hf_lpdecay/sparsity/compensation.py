@@ -10,7 +10,7 @@ from ..optim.pieces import local
 from .activations import hook_inputs
 from .experts import first_expert, hook_expert_inputs
 from .reconstruction import reconstruct
-from .sharding import has_whole_rows, several_processes
+from .sharding import average_tensor, has_whole_rows, several_processes
 
 
 # Largest block of the Hessian: larger ones cost more than the weights that they belong to.
@@ -110,8 +110,8 @@ class Compensation:
         self._handles = []
         self._last = (None, None)
 
-    def all_reduce(self) -> None:
-        """Average the Hessians over all processes."""
+    def average(self) -> None:
+        """Average the Hessians over all processes. Later samples are averaged together with this: only ratios count."""
         if not several_processes():
             return
         params = list(self._dims)
@@ -127,10 +127,9 @@ class Compensation:
             else:  # an expert that got no token in one of them
                 state[param].pop("lp_gram", None)
         for gram in grams.values():
-            # The mean, since it is reduced again at the next plan together with later samples. Only ratios count.
             on_device = gram.to(device)  # where the processes meet
-            torch.distributed.all_reduce(on_device)
-            gram.copy_(on_device.div_(torch.distributed.get_world_size()))
+            average_tensor(on_device)
+            gram.copy_(on_device)
 
     @torch.no_grad()
     def advance(self, param: Tensor, share: float) -> None:

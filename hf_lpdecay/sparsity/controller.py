@@ -111,7 +111,7 @@ class SparsityController:
         if self.ramp.start < step <= self.ramp.end:
             self._track_decay(learning_rates(-1, 0), planning)
         if self._compensation is not None and planning:
-            self._compensation.all_reduce()
+            self._compensation.average()
         if step == self.ramp.end:
             self._finish()
         elif following is not None:

@@ -144,6 +144,12 @@ class SparsityDriver:
                 self._finish_activations()
             self._controller.after_step(step, learning_rates)
 
+    def average_collected(self) -> None:
+        """Average over all processes what each has collected; in all of them, before one writes a checkpoint."""
+        for collector in (self._activations, self._compensation):
+            if collector is not None:
+                collector.average()
+
     def finish(self) -> None:
         """Remove the hooks and free what only the ramp needs."""
         self._finish_activations()

@@ -73,7 +73,7 @@ def importance_from_activations(dims: dict[Tensor, int], state: dict, together: 
         if "lp_feature_sq" in state[param]:
             count = state[param].pop("lp_feature_count")
             if torch.is_tensor(count):  # one for each expert
-                count = count.clamp_min(1)[:, None]
+                count = count.masked_fill(count == 0, 1.0)[:, None]
             square = state[param].pop("lp_feature_sq") / count
             # Every output feature has the same share.
             outputs = square.mean(-1, keepdim=True).expand(*square.shape[:-1], param.shape[-2:][1 - dims[param]])

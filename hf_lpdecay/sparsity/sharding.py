@@ -14,6 +14,12 @@ def several_processes() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def average_tensor(tensor: Tensor) -> None:
+    """Average a tensor over all processes, in place."""
+    torch.distributed.all_reduce(tensor)
+    tensor.div_(torch.distributed.get_world_size())
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether other processes hold other pieces."""
     return isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)

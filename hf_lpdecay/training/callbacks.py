@@ -11,6 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..config import LpDecayConfig
@@ -146,6 +147,14 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._driver.after_step(state.global_step, self._learning_rates(optimizer, kwargs["lr_scheduler"]))
         if self._best is not None:
             self._best.on_step_end()
+        self._before_save(args, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._before_save(args, control)
+
+    def _before_save(self, args: TrainingArguments, control: TrainerControl) -> None:
+        if control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST):
+            self._driver.average_collected()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics, **kwargs):
         if self._best is not None:

@@ -26,8 +26,8 @@ class Sparsifier:
 
     Call [`step`] once after each `optimizer.step()` and `lr_scheduler.step()`. With Accelerate, make it after
     `accelerator.prepare` (with DDP, before it works as well), and give it to `accelerator.register_for_checkpointing`:
-    `save_state` and `load_state` then resume the run to the same bits. Steps that only accumulate gradients do not
-    count; steps that fp16's gradient scaler skips do.
+    `save_state`, after [`before_save`], and `load_state` then resume the run to the same bits. Steps that only
+    accumulate gradients do not count; steps that fp16's gradient scaler skips do.
 
     Args:
         model (`nn.Module`): The model, prepared by Accelerate or not.
@@ -107,6 +107,13 @@ class Sparsifier:
             return
         self._step += 1
         self._driver.after_step(self._step, self._learning_rates())
+
+    def before_save(self) -> None:
+        """Call in every process before a checkpoint is written: it holds what the first one has collected.
+
+        Averages that over all processes. Where there is only one, it does nothing.
+        """
+        self._driver.average_collected()
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a tracker: `sparsity` of the selected weights, `lp_lambda` and `lp_phase` (0 dense, 1 decay,
