@@ -68,6 +68,8 @@ SMALL = ["smollm2-135m", "bert-base", "llama-1b-2-layers"]
 # Small enough that the weights stay what they are during the measurement, large enough for the decay to act.
 ADAMW = {"lr": 1e-7, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 DECAY = {"lp_lambda": 1e-3}
+# Longer matrices are embeddings.
+LONGEST = 1 << 14
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What one pass must read and write of a float32 weight, its gradient and its two moments.
 BYTES_PER_PARAMETER = 28
@@ -87,6 +89,19 @@ class Naive:
         self.optimizer.step()
         for param, w in zip(params, before):
             param.mul_(1 / (1 + ADAMW["lr"] * DECAY["lp_lambda"] * w.abs().pow(self.p - 2)))
+
+
+class Pass:
+    """One pass over the weights: each is read and written."""
+
+    def __init__(self, params: list[Tensor]):
+        self.state: dict[Tensor, dict[str, Any]] = {}
+        self.param_groups = [{"params": params, "fused": False}]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for param in self.param_groups[0]["params"]:
+            param.mul_(1.0)
 
 
 class Planner:
@@ -117,6 +132,12 @@ def rivals(params: list[Tensor]) -> dict[str, Any]:
     optimizers["LpAdamW, zeros frozen, no decay"] = LpAdamW(params, **ADAMW, freeze_zeros=True)
     optimizers["LpAdamW, p = 0.8, fused=False"] = LpAdamW(params, **ADAMW, **DECAY, p=0.8, fused=False)
     optimizers["LpDecay(AdamW), p = 0.8"] = LpDecay(torch.optim.AdamW(params, **ADAMW, fused=True), **DECAY, p=0.8)
+    matrices = [param for param in params if param.dim() == 2 and len(param) <= LONGEST]
+    others = [param for param in params if not any(param is matrix for matrix in matrices)]
+    groups = [{"params": matrices, "freeze_zeros": True, **DECAY}, {"params": others}]
+    wrapped = LpDecay(torch.optim.AdamW(groups, **ADAMW, fused=True), p=0.5)
+    optimizers["LpDecay(AdamW), p = 0.5, trimmed, importance, no embedding"] = wrapped
+    optimizers["one pass over the weights"] = Pass(params)
     optimizers["naive: clone, AdamW, pow, mul"] = Naive(params, p=0.8)
     for scope in ("layer", "global"):
         optimizers[f"a plan, scope={scope}"] = Planner(params, scope)
@@ -126,11 +147,12 @@ def rivals(params: list[Tensor]) -> dict[str, Any]:
         for optimizer in optimizers.values():
             step = torch.tensor(10.0, device=DEVICE if counts_on_device(optimizer) else "cpu")
             optimizer.state[param] = {"step": step, **moments}
-        trimmed.state[param]["lp_threshold"] = 0.02
-        if param.dim() == 2:
-            row = torch.rand(len(param), 1, device=DEVICE) + 0.5
-            col = torch.rand(1, param.shape[1], device=DEVICE) + 0.5
-            trimmed.state[param].update(lp_row=row, lp_col=col)
+        for optimizer in (trimmed, wrapped):
+            optimizer.state[param]["lp_threshold"] = 0.02
+            if param.dim() == 2:
+                row = torch.rand(len(param), 1, device=DEVICE) + 0.5
+                col = torch.rand(1, param.shape[1], device=DEVICE) + 0.5
+                optimizer.state[param].update(lp_row=row, lp_col=col)
     return optimizers
 
 

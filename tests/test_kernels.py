@@ -271,6 +271,6 @@ def test_the_benchmark_runs_and_measures_every_rival(tmp_path, monkeypatch, caps
     benchmark_optimizer.main()
     results = json.loads(file.read_text())
     rivals = results["shapes"][0]["rivals"]
-    assert len(rivals) == 14 and all(rival["ms"] > 0 for rival in rivals.values())
+    assert len(rivals) == 16 and all(rival["ms"] > 0 for rival in rivals.values())
     assert all(speed > 0 for speed in results["tokens_per_second"].values())
     assert capsys.readouterr().out.count("| LpAdamW, p =") == 7

@@ -115,6 +115,25 @@ def test_the_kernel_for_the_decay_alone_is_the_decay_in_torch_operations(monkeyp
         assert close.float().mean() > 0.995 and ((ours == 0) == (theirs == 0)).float().mean() > 0.995
 
 
+@pytest.mark.parametrize("p", [-1, 0.3, 0.5, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inside", ["SGD", "transformers' Adafactor"])  # in parts, and all at once
+def test_factors_worked_out_before_the_step_give_the_bits_of_a_kept_copy(monkeypatch, p, dtype, inside):
+    results = []
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(wrapper, "prepare_decay", lambda *args: False)
+        torch.manual_seed(0)
+        params = make_params(dtype, shapes=[(31, 17), (300,), (3, 8, 5)])
+        optimizer = LpDecay(INSIDE[inside](params), p=p, lp_lambda=1e-3, freeze_zeros=True)
+        row, col = torch.linspace(0.5, 2, 31)[:, None], torch.linspace(2, 0.5, 17)[None]
+        optimizer.state[params[0]].update(lp_lambda=2e-3, lp_threshold=0.08, lp_row=row, lp_col=col)
+        train(optimizer, params, range(5))
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert not torch.equal(results[0][0], make_params(dtype, shapes=[(31, 17)])[0])
+
+
 @pytest.mark.parametrize("inside", ["AdamW", "SGD", "transformers' Adafactor"])
 def test_without_lambda_it_is_the_optimizer_inside_bit_for_bit(inside):
     ours, theirs = make_params(), make_params()
@@ -127,20 +146,15 @@ def test_what_is_kept_is_bounded_however_many_parameters_there_are(monkeypatch):
     monkeypatch.setattr(wrapper, "KEPT", 100)
     params = make_params(shapes=[(10, 5)] * 8)
     optimizer = LpDecay(torch.optim.SGD(params, lr=0.1), lp_lambda=1e-2)
-    kept, keep, inner = [0], optimizer._keep, optimizer.optimizer.step
+    stepped, step = [], optimizer.optimizer.step
 
-    def counted(param, *args):
-        kept[-1] += param.numel()
-        return keep(param, *args)
+    def counted():
+        stepped.append(sum(param.numel() for group in optimizer.param_groups for param in group["params"]))
+        return step()
 
-    def stepped():
-        kept.append(0)
-        return inner()
-
-    monkeypatch.setattr(optimizer, "_keep", counted)
-    monkeypatch.setattr(optimizer.optimizer, "step", stepped)
+    monkeypatch.setattr(optimizer.optimizer, "step", counted)
     train(optimizer, params, [0])
-    assert kept == [100, 100, 100, 100, 0]
+    assert stepped == [100, 100, 100, 100] and len(optimizer._buffers[torch.float32]) == 100
     assert [len(group["params"]) for group in optimizer.param_groups] == [8]
 
 

@@ -1,10 +1,12 @@
 """The decay without an optimizer's own step: what follows the step in `LpDecay`, and what acts on frozen weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import kernels
 from .adamw import KERNELS
 from .functional import acts, lp_decay_, random_bits, stochastic_round
 from .pieces import factors_of, local, matrices_of, pieces_of
@@ -20,11 +22,16 @@ class Batches:
 
     def __init__(self):
         self.of_device = {device: kernel.Batch() for device, kernel in KERNELS.items()}
+        self.ahead = kernels.Batch()
 
     def run(self) -> None:
         """Update everything that was added; must come before any of the tensors changes."""
-        for batch in self.of_device.values():
+        for batch in (*self.of_device.values(), self.ahead):
             batch.run()
+
+    def apply(self) -> None:
+        """Decay what [`prepare_decay`] has added, after it was stepped."""
+        self.ahead.apply()
 
 
 def decay_(param: Tensor, group: dict[str, Any], plan: dict[str, Any], lr: float, seed: int, batches: Batches) -> None:
@@ -82,16 +89,10 @@ def decay_stepped_(
     decays, low_precision = acts(options["lr"], options["lp_lambda"]), weight.dtype in LOW_PRECISION
     factors, by_unit = factors_of(plan, weight) if decays else (None, False)
     pattern = pattern if decays else None
-    tensors = (weight, before, weight, weight)
-    contiguous = weight.is_contiguous() and before.is_contiguous()
-    kernel = KERNELS.get(weight.device.type) if contiguous and pattern is None and not by_unit else None
-    parts = [] if kernel is None or before.dtype != weight.dtype else matrices_of(tensors, factors)
-    if parts and all(kernel.covers(part, its_factors, options["p"]) for part, its_factors, _ in parts):
-        case = kernel.case_for(*parts[0][:2], options, alone=True)
-        if kernel.available(case):
-            for part, its_factors, offset in parts:
-                its_seed = (seed + offset) % (1 << 32) if low_precision else None
-                batches.of_device[weight.device.type].add(case, part, None, options, its_seed, its_factors)
+    kernel = KERNELS.get(weight.device.type) if pattern is None and not by_unit else None
+    if kernel is not None:
+        tensors, batch = (weight, before, weight, weight), batches.of_device[weight.device.type]
+        if _add_to_batch(kernel, batch, tensors, factors, options, seed, alone=True):
             return
     for pieces, (row, col), offset in pieces_of((weight, before), factors, plan.get("lp_rows", 1), pattern):
         piece = pieces[0].float() if low_precision else pieces[0]
@@ -115,3 +116,56 @@ def decay_stepped_(
         if low_precision:
             bits = random_bits(piece.numel(), seed, offset, piece.device)
             pieces[0].copy_(stochastic_round(piece, weight.dtype, bits))
+
+
+def prepare_decay(
+    weight: Tensor,
+    plan: dict[str, Any],
+    options: dict[str, Any],
+    pattern: str | None,
+    seed: int | None,
+    batches: Batches,
+    room: Callable[[Tensor, torch.dtype], Tensor],
+) -> bool:
+    """Have the factors of a weight's decay worked out before another optimizer steps it, where the kernel can do that.
+
+    Run `batches` before the step, and apply them after it.
+
+    Args:
+        weight (`torch.Tensor`): Before the step; this process's part.
+        plan, options, pattern, seed, batches: See [`decay_stepped_`].
+        room (`Callable[[torch.Tensor, torch.dtype], torch.Tensor]`): Makes a tensor like a given one in a dtype.
+
+    Returns:
+        `bool`: Whether it is done so; otherwise a copy of the weight must be kept for [`decay_stepped_`].
+    """
+    decays = acts(options["lr"], options["lp_lambda"])
+    factors, by_unit = factors_of(plan, weight) if decays else (None, False)
+    if options["post_step"] or by_unit or (decays and pattern is not None):
+        return False
+    if KERNELS.get(weight.device.type) is not kernels:  # that of a GPU, where copies are cheap
+        return False
+    place = room(weight, torch.float32)
+    return _add_to_batch(kernels, batches.ahead, (weight, weight, place, place), factors, options, seed, ahead=True)
+
+
+def _add_to_batch(
+    kernel: Any,
+    batch: Any,
+    tensors: tuple[Tensor, ...],
+    factors: tuple[Tensor, Tensor] | None,
+    options: dict[str, Any],
+    seed: int | None,
+    **kind: bool,
+) -> bool:
+    """Add a weight to what a kernel updates, if that can; `kind` is `alone` or `ahead`."""
+    parts = matrices_of(tensors, factors) if all(tensor.is_contiguous() for tensor in tensors) else []
+    if not parts or not all(kernel.covers(part, its_factors, options["p"]) for part, its_factors, _ in parts):
+        return False
+    case = kernel.case_for(*parts[0][:2], options, **kind)
+    if not kernel.available(case):
+        return False
+    for part, its_factors, offset in parts:
+        its_seed = None if seed is None else (seed + offset) % (1 << 32)
+        batch.add(case, part, None, options, its_seed, its_factors)
+    return True

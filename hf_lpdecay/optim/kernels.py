@@ -40,6 +40,9 @@ class Case(NamedTuple):
         post_step (`bool`): Whether the size is taken after AdamW's step.
         alone (`bool`): Whether there is only the decay: the place of the gradient then takes the weights from before
             the step (with `post_step` it is not looked at), and that of the moments is not looked at.
+        ahead (`bool`): Whether another optimizer steps: [`Batch.run`] works out by what each weight will be divided,
+            and [`Batch.apply`] does it after the step. The place of the first moment takes the factors, float32;
+            `post_step` is impossible, and that of the gradient and the second moment is not looked at.
         weight, moment (`torch.dtype`): Of weights and gradients, and of the moments.
     """
 
@@ -47,13 +50,14 @@ class Case(NamedTuple):
     factors: bool
     post_step: bool
     alone: bool
+    ahead: bool
     weight: torch.dtype
     moment: torch.dtype
 
 
 def any_case(device: torch.device) -> Case:
     """What can be built at all can be built for this."""
-    return Case(-1, False, False, False, torch.float32, torch.float32)
+    return Case(-1, False, False, False, False, torch.float32, torch.float32)
 
 
 def covers(tensors: tuple[Tensor, ...], factors: tuple[Tensor, Tensor] | None, p: float) -> bool:
@@ -81,13 +85,14 @@ class Kernel(NamedTuple):
     """A compiled kernel.
 
     Args:
-        part (`Callable`): `part(tasks, number of tasks, number of this part, parts of each task)` does one of them.
-        together (`Callable`): `together(tasks, number of tasks, threads)` does all, by the threads that torch has;
-            returns 0 where it cannot be had, and nothing was done.
+        part (`Callable`): `part(tasks, number of tasks, number of this part, parts of each task, applying)` does one
+            of them.
+        together (`Callable`): `together(tasks, number of tasks, threads, applying)` does all, by the threads that torch
+            has; returns 0 where it cannot be had, and nothing was done.
     """
 
-    part: Callable[[bytes, int, int, int], None]
-    together: Callable[[bytes, int, int], int]
+    part: Callable[[bytes, int, int, int, bool], None]
+    together: Callable[[bytes, int, int, bool], int]
 
 
 def build(case: Case) -> Kernel:
@@ -125,6 +130,7 @@ def _build(case: Case) -> Kernel | str:
         "FACTORS": int(case.factors),
         "POST_STEP": int(case.post_step),
         "ALONE": int(case.alone),
+        "AHEAD": int(case.ahead),
         "WEIGHT": _TYPES[case.weight],
         "MOMENT": _TYPES[case.moment],
     }
@@ -132,9 +138,9 @@ def _build(case: Case) -> Kernel | str:
         library = load_library("optimizer", (SOURCE,), defines)
     except RuntimeError as error:
         return str(error)
-    library.run.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+    library.run.argtypes = [ctypes.c_char_p] + [ctypes.c_int64] * 4
     library.run.restype = None
-    library.run_together.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
+    library.run_together.argtypes = [ctypes.c_char_p] + [ctypes.c_int64] * 3
     return Kernel(library.run, library.run_together)
 
 
@@ -152,8 +158,7 @@ class Batch:
     """
 
     def __init__(self):
-        self._tasks: dict[Case, list[bytes]] = {}
-        self._numel: dict[Case, int] = {}
+        self._tasks: dict[Case, list[tuple[bytes, int]]] = {}
         self._alive: list[tuple[Tensor, ...]] = []
 
     def add(
@@ -171,7 +176,7 @@ class Batch:
             case (`Case`): The kernel to use.
             tensors (`tuple[torch.Tensor, ...]`): Weights, gradient and the two moments.
             step (`torch.Tensor`, *optional*): Steps taken before this one, which adds one to it; not if the case is
-                `alone`.
+                `alone` or `ahead`.
             options (`dict[str, Any]`): Keyword arguments of [`lp_adamw_`].
             seed (`int`, *optional*): Round bfloat16 stochastically, with these random bits; in [0, 2 ** 32).
             factors (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Importance of rows and columns.
@@ -185,18 +190,25 @@ class Batch:
             cols, addresses = factors[1].numel(), [factor.data_ptr() for factor in factors]
         addresses = [tensor.data_ptr() for tensor in tensors] + addresses
         task = _TASK.pack(*addresses, numel, cols, seed or 0, seed is not None, *scalars)
-        self._tasks.setdefault(case, []).append(task)
-        self._numel[case] = self._numel.get(case, 0) + numel
+        self._tasks.setdefault(case, []).append((task, numel))
         self._alive.append((tensors, factors))
 
     def run(self) -> None:
         """Update all parameters."""
+        self._run(False)
+
+    def apply(self) -> None:
+        """Decay all parameters whose case is `ahead`, after they were stepped."""
+        self._run(True)
+
+    def _run(self, applying: bool) -> None:
         for case, tasks in self._tasks.items():
-            function, buffer, numel = build(case), b"".join(tasks), self._numel[case]
+            function, buffer = build(case), b"".join(task for task, _ in tasks)
+            numel = sum(numel for _, numel in tasks)
             threads = max(1, min(torch.get_num_threads(), numel // _MIN_ELEMENTS_PER_THREAD))
-            if threads > 1 and function.together(buffer, len(tasks), threads):
+            if threads > 1 and function.together(buffer, len(tasks), threads, applying):
                 continue
-            parts = [(buffer, len(tasks), part, threads) for part in range(threads)]
+            parts = [(buffer, len(tasks), part, threads, applying) for part in range(threads)]
             others = [_pool(threads - 1).submit(function.part, *part) for part in parts[1:]]
             function.part(*parts[0])
             for other in others:
@@ -213,14 +225,18 @@ os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def case_for(
-    tensors: tuple[Tensor, ...], factors: tuple[Tensor, Tensor] | None, options: dict[str, Any], alone: bool = False
+    tensors: tuple[Tensor, ...],
+    factors: tuple[Tensor, Tensor] | None,
+    options: dict[str, Any],
+    alone: bool = False,
+    ahead: bool = False,
 ) -> Case:
     """The case that updates a parameter.
 
     Args:
         tensors, factors: See [`covers`].
         options (`dict[str, Any]`): Keyword arguments of [`lp_adamw_`].
-        alone (`bool`, *optional*, defaults to `False`): See [`Case`].
+        alone, ahead (`bool`, *optional*, defaults to `False`): See [`Case`].
     """
     p, strength = options["p"], options["lr"] * options["lp_lambda"]
     norm, post_step, has_factors = -1, options["post_step"], factors is not None
@@ -230,7 +246,7 @@ def case_for(
         norm = 4
     elif p in (0, 0.5, 1, 1.5) and 1e-20 <= strength < 1 and options["eps"] >= 1e-12:  # so that nothing underflows
         norm = int(2 * p)
-    return Case(norm, has_factors, post_step, alone, tensors[0].dtype, tensors[2].dtype)
+    return Case(norm, has_factors, post_step, alone, ahead, tensors[0].dtype, tensors[2].dtype)
 
 
 def _scalars_for(case: Case, step: int, options: dict[str, Any]) -> tuple[float, ...]:

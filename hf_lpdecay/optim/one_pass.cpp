@@ -5,6 +5,7 @@
 //   FACTORS    whether the importance has row and column factors
 //   POST_STEP  whether the size is that of the weight after AdamW's step
 //   ALONE      whether there is only the decay: `grad` then holds the weights from before the step
+//   AHEAD      whether only the decay's factors are worked out, before another optimizer steps: `exp_avg` takes them
 //   WEIGHT     float or bf16, the type of weights and gradients; MOMENT likewise
 // Exact to about float32, as long as no |weight * gradient| comes near 1e30.
 // No headers but the C library's, so that compiling takes a fraction of a second.
@@ -106,7 +107,7 @@ static void update(const Task& task, int64_t begin, int64_t end, float row, cons
     for (int64_t i = begin; i < end; i++) {
         float w = load(param, i), g = load(grad, i), w_hat = w, m = 0.0f, v = 0.0f, d = 1.0f;
         float size = fabsf(ALONE ? g : w);
-        if (!ALONE) {
+        if (!ALONE && !AHEAD) {
             m = load(exp_avg, i), v = load(exp_avg_sq, i);
             m += t.rest1 * (g - m);
             v += t.rest2 * (g * g - v);
@@ -124,6 +125,11 @@ static void update(const Task& task, int64_t begin, int64_t end, float row, cons
         // Of what becomes zero anyway x can be so large that its inverse is subnormal, which takes many times as long.
         bool decays = r < t.threshold && !zero;
         float over = decays ? x : 1.0f;
+        if (AHEAD) {
+            float factor = (decays ? numerator : 1.0f) / over;
+            store(exp_avg, i, zero ? 0.0f : factor, 0);
+            continue;
+        }
         if (ALONE || POST_STEP) {
             w_hat *= (decays ? numerator : 1.0f) / over;
         } else {  // one division for both quotients; nothing is rounded where there is nothing to do
@@ -143,13 +149,31 @@ static void update(const Task& task, int64_t begin, int64_t end, float row, cons
     }
 }
 
+// What follows AHEAD: the weights, which were stepped meanwhile, times the factors.
+static void apply(const Task& task, int64_t begin, int64_t end) {
+    WEIGHT* __restrict param = task.param;
+    const MOMENT* __restrict factors = task.exp_avg;
+    const uint32_t seed = task.seed;
+    const bool stochastic = task.stochastic;
+    for (int64_t i = begin; i < end; i++) {
+        float factor = load(factors, i), w = load(param, i) * factor;
+        w = (factor == 0.0f) | ((factor != 1.0f) & (fabsf(w) < FLT_MIN)) ? 0.0f : w;
+        uint32_t bits = sizeof(WEIGHT) == 2 ? hash((uint32_t)i + seed) : 0;
+        store(param, i, w, stochastic ? bits & 0xffff : half_place(w));
+    }
+}
+
 // One of `parts` equal parts of each task, which begin at a cache line as far as the tensors do. torch's own kernels give
 // each of their threads the same part of a tensor, so that it may still lie in the cache of this thread's core.
-extern "C" void run(const Task* tasks, int64_t count, int64_t part, int64_t parts) {
+extern "C" void run(const Task* tasks, int64_t count, int64_t part, int64_t parts, int64_t applying) {
     for (int64_t k = 0; k < count; k++) {
         const Task& task = tasks[k];
         int64_t from = task.numel * part / parts / 64 * 64;
         int64_t to = part + 1 == parts ? task.numel : task.numel * (part + 1) / parts / 64 * 64;
+        if (applying) {
+            apply(task, from, to);
+            continue;
+        }
         if (!FACTORS) {
             if (from < to) update(task, from, to, 1.0f, nullptr);
             continue;
@@ -174,21 +198,21 @@ int omp_get_num_threads() __attribute__((weak));
 
 struct Call {
     const Task* tasks;
-    int64_t count;
+    int64_t count, applying;
 };
 
 static void run_part(void* data) {
     const Call* call = (const Call*)data;
-    run(call->tasks, call->count, omp_get_thread_num(), omp_get_num_threads());
+    run(call->tasks, call->count, omp_get_thread_num(), omp_get_num_threads(), call->applying);
 }
 
 // Everything, by the threads that torch has; 0 if nothing was done.
-extern "C" int run_together(const Task* tasks, int64_t count, int64_t threads) {
+extern "C" int run_together(const Task* tasks, int64_t count, int64_t threads, int64_t applying) {
     if (!GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads) return 0;
-    Call call = {tasks, count};
+    Call call = {tasks, count, applying};
     GOMP_parallel(run_part, &call, (unsigned)threads, 0);
     return 1;
 }
 #else
-extern "C" int run_together(const Task*, int64_t, int64_t) { return 0; }
+extern "C" int run_together(const Task*, int64_t, int64_t, int64_t) { return 0; }
 #endif

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .adamw import check_number, check_p
-from .decay import LOW_PRECISION, Batches, decay_stepped_, options_of
+from .decay import LOW_PRECISION, Batches, decay_stepped_, options_of, prepare_decay
 from .functional import acts
 from .pieces import local
 
@@ -25,11 +25,12 @@ class LpDecay(torch.optim.Optimizer):
     AdamW. Groups and state are those of the optimizer inside, with this one's options and the plan of a
     [`~hf_lpdecay.sparsity.SparsityController`] in them; schedulers and `accelerate` are given the wrapper.
 
-    ``w`` must be kept while the optimizer inside steps. The optimizers of `torch.optim` step each parameter for
-    itself, so they are given a part of the parameters at a time, and what is kept is at most 4 MB or one parameter; on
-    a CPU this buffer stays for the next step, since fresh memory takes ten times as long to fill. Of any other class
-    (and of `LBFGS`, and where hooks are registered on the step) that is not known, and a copy of the decayed weights is
-    made in each step. With `post_step` alone nothing is kept.
+    What ``w_hat`` will be divided by, or ``w`` itself where there is no kernel to work that out, must be kept while the
+    optimizer inside steps. The optimizers of `torch.optim` step each parameter for itself, so they are given a part of
+    the parameters at a time, and what is kept is at most 4 MB or one parameter; on a CPU this buffer stays for the next
+    step, since fresh memory takes ten times as long to fill. Of any other class (and of `LBFGS`, and where hooks are
+    registered on the step) that is not known, and as much as the decayed weights is kept in each step. With `post_step`
+    alone nothing is kept.
 
     Args:
         optimizer (`torch.optim.Optimizer`): Steps first. Its own weight decay adds up with this one.
@@ -149,18 +150,30 @@ class LpDecay(torch.optim.Optimizer):
                 loss = closure()
         with self._without_plans() as plans:
             if not alone:
+                batches = Batches()
                 wanted = [(param, group) for group in self.param_groups for param in group["params"]]
-                kept = [self._keep(param, group, plans, torch.clone) for param, group in wanted]
+                if closure is None:
+                    wanted = [(param, group) for param, group in wanted if param.grad is not None]
+                # Which parameters a closure will give a gradient is not known before the step.
+                ahead = batches if closure is None else None
+                kept = [self._prepare(param, group, plans, ahead, _new) for param, group in wanted]
+                self._copy(kept, _new)
+                batches.run()
                 with torch.enable_grad():
                     loss = self.optimizer.step(closure)
-                self._decay(kept)
+                self._decay(kept, batches)
             else:
+                prepared = []  # all at once, while Python's own memory is in the cache
                 for group, params in self._parts():
-                    self._used.clear()
-                    kept = [self._keep(param, group, plans, self._buffer) for param in params]
+                    self._used, batches = {}, Batches()
+                    kept = [self._prepare(param, group, plans, batches, self._buffer) for param in params]
+                    prepared.append((group, params, batches, kept, self._used))
+                for group, params, batches, kept, self._used in prepared:
+                    self._copy(kept, self._buffer)
+                    batches.run()
                     with _only(self.optimizer, group, params):
                         self.optimizer.step()
-                    self._decay(kept)
+                    self._decay(kept, batches)
         return loss
 
     def _steps_each_alone(self) -> bool:
@@ -204,26 +217,27 @@ class LpDecay(torch.optim.Optimizer):
             for param, plan in plans.items():
                 self.state[param].update(plan)
 
-    def _buffer(self, weight: Tensor) -> Tensor:
-        """A copy of a weight: on a CPU in a buffer, which the next part of the parameters uses again."""
+    def _buffer(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor like a weight: on a CPU in a buffer, which the next part of the parameters uses again."""
         if weight.device.type != "cpu":  # its allocator keeps what is freed
-            return weight.clone()
-        used = self._used.get(weight.dtype, 0)
-        buffer = self._buffers.get(weight.dtype)
+            return _new(weight, dtype)
+        used = self._used.get(dtype, 0)
+        buffer = self._buffers.get(dtype)
         if buffer is None or len(buffer) < used + weight.numel():
             # What lies in the old one stays alive there.
-            buffer = self._buffers[weight.dtype] = weight.new_empty(max(KEPT, used + weight.numel()))
-        self._used[weight.dtype] = used + weight.numel()
-        return buffer[used : used + weight.numel()].view(weight.shape).copy_(weight)
+            buffer = self._buffers[dtype] = weight.new_empty(max(KEPT, used + weight.numel()), dtype=dtype)
+        self._used[dtype] = used + weight.numel()
+        return buffer[used : used + weight.numel()].view(weight.shape)
 
-    def _keep(
+    def _prepare(
         self,
         param: Tensor,
         group: dict[str, Any],
         plans: dict[Tensor, dict[str, Any]],
-        copy: Callable[[Tensor], Tensor],
-    ) -> dict[str, Any]:
-        """What must be known of a parameter before it is stepped."""
+        batches: Batches | None,
+        room: Callable[[Tensor, torch.dtype], Tensor],
+    ) -> dict[str, Any] | None:
+        """Have a parameter's decay prepared in `batches`; what it needs otherwise, where that is not possible."""
         if param.grad is not None and param.grad.is_sparse:
             raise RuntimeError("LpDecay does not take sparse gradients; make the embedding with sparse=False.")
         plan, lr = plans.get(param, {}), group["lr"]
@@ -231,21 +245,33 @@ class LpDecay(torch.optim.Optimizer):
         lr = lr if torch.is_tensor(lr) and lr.device.type != "cpu" else float(lr)
         options = options_of(group, plan, lr)
         decays = acts(lr, options["lp_lambda"])
-        needed = options["freeze_zeros"] or (decays and not group["post_step"])
-        before = copy(local(param)) if needed else None
-        return {"param": param, "group": group, "plan": plan, "options": options, "decays": decays, "before": before}
+        if not (decays or options["freeze_zeros"]):
+            return None
+        weight, pattern = local(param), group.get("pattern")
+        seed = int(torch.randint(1 << 32, (), device="cpu")) if param.dtype in LOW_PRECISION else None
+        if batches is not None and prepare_decay(weight, plan, options, pattern, seed, batches, room):
+            return None
+        return {"param": param, "plan": plan, "options": options, "pattern": pattern, "seed": seed}
 
-    def _decay(self, kept: list[dict[str, Any]]) -> None:
-        batches = Batches()
-        for this in kept:
-            param, options, before = this["param"], this["options"], this["before"]
-            if param.grad is None or not (this["decays"] or options["freeze_zeros"]):
-                continue
-            weight = local(param)
-            before = weight if before is None else before
-            seed = int(torch.randint(1 << 32, (), device="cpu")) if param.dtype in LOW_PRECISION else None
-            decay_stepped_(weight, before, this["plan"], options, this["group"].get("pattern"), seed, batches)
-        batches.run()
+    def _copy(self, kept: list[dict[str, Any] | None], room: Callable[[Tensor, torch.dtype], Tensor]) -> None:
+        """Keep the weights from before the step where their decay needs them."""
+        for this in filter(None, kept):
+            weight = this["before"] = local(this["param"])
+            if this["options"]["freeze_zeros"] or not this["options"]["post_step"]:
+                this["before"] = room(weight, weight.dtype).copy_(weight)
+
+    def _decay(self, kept: list[dict[str, Any] | None], batches: Batches) -> None:
+        batches.apply()
+        later = Batches()
+        for this in filter(None, kept):
+            if this["param"].grad is not None:
+                weight, before = local(this["param"]), this["before"]
+                decay_stepped_(weight, before, this["plan"], this["options"], this["pattern"], this["seed"], later)
+        later.run()
+
+
+def _new(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(weight, dtype=dtype)
 
 
 @contextmanager
