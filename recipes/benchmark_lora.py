@@ -1,7 +1,9 @@
-"""Time of a training step and peak memory: LoRA, masked LoRA, a frozen base made sparse, and all weights.
+"""Time of a training step and memory: LoRA, masked LoRA, a frozen base made sparse, and all weights with the decay.
 
-The base of the others has half of its weights zero; that of the frozen base becomes so, and its steps are those of the
-ramp, in which it decays.
+Each method runs in a process of its own, and they take their steps in turns. The base of the others has half of its
+weights zero; that of the frozen base becomes so. Its steps are those of the ramp, in which it decays and its Hessians
+are collected in the second half, and those after it. "Held" is what the process holds between the backward pass and the
+step beyond what it held without a model; beside it what memory.py works out.
 
 python recipes/benchmark_lora.py
 """
@@ -12,55 +14,120 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from benchmark_optimizer import SHAPES
+from memory import COLUMNS, memory
 from peft import LoraConfig, get_peft_model
 
 from hf_lpdecay import LpAdamW, LpDecayConfig, mask_lora
-from hf_lpdecay.sparsity import SparsityDriver
+from hf_lpdecay.sparsity import SparsityDriver, participants
 from hf_lpdecay.training.frozen import FrozenBase, find_frozen_base
 from hf_lpdecay.training.learning_rates import learning_rates_of
 
 
-METHODS = ("lora", "masked-lora", "masked-lora, dropout 0.1", "frozen-base", "all-weights")
+# What each holds, as memory.py calls it.
+METHODS = {
+    "lora": "LoRA",
+    "masked-lora": "LoRA",
+    "masked-lora, dropout 0.1": "LoRA",
+    "frozen-base": "frozen base made sparse",
+    "all-weights": "full fine-tuning",
+}
+AFTER = "frozen-base, after the ramp"
 # The shortest ramp, and the steps before it in which the importance is measured.
 BEFORE, RAMP = 5, 10
 # Its Hessians are collected in the second half of the ramp.
 ONE_PLAN = LpDecayConfig(target_sparsity=0.5, num_plans=1)
+# Of one step: which row it belongs to, its seconds, the process's peak memory during it, and what is held, in MB.
+Step = tuple[str, float, float, float]
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES, help="Shapes of the model.")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="The first is compared with.")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="LoRA is compared with.")
     parser.add_argument("--rank", type=int, default=16, help="Rank of the adapters, on all linear layers.")
     parser.add_argument("--batch", type=int, nargs=2, default=(4, 128), help="Sequences and tokens in each.")
     parser.add_argument("--steps", type=int, default=8, help="Steps of each process, after a first one.")
     args = parser.parse_args(argv)
     print(f"{args.shape}, rank {args.rank}, batch {args.batch}, bf16 autocast, {torch.get_num_threads()} threads\n")
-    print(f"| method | s per step (quartiles) | times {args.methods[0]} | peak memory, MB |\n| --- | --- | --- | --- |")
-    first = None
-    for method in args.methods:
-        times, peak = in_own_process(measure, method, args.shape, args.rank, args.batch, args.steps)
-        low, middle, high = statistics.quantiles(times, n=4)
-        first = first or middle
-        print(f"| {method} | {middle:.2f} ({low:.2f} - {high:.2f}) | {middle / first:.2f} | {peak:.0f} |", flush=True)
+    runs = [in_own_process(steps_of, method, args.shape, args.rank, args.batch, args.steps) for method in args.methods]
+    steps = in_turns(runs)
+    print(table(steps, {**METHODS, AFTER: "LoRA"}, memory(SHAPES[args.shape][1], args.rank, torch.float32)))
     return 0
 
 
-def in_own_process(function: Callable, *args: Any) -> Any:
-    """Call a function in a process of its own, since memory is not given back."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+def in_turns(runs: list[Iterator[Step]]) -> list[Step]:
+    """Let all runs take a step each, again and again, until every one has ended."""
+    steps = []
+    while runs:
+        for run in list(runs):
+            step = next(run, None)
+            runs.remove(run) if step is None else steps.append(step)
+    return steps
 
 
-def measure(method: str, shape: str, rank: int, batch: tuple[int, int], steps: int) -> tuple[list[float], float]:
-    """Seconds of each step, and the process's peak memory in MB."""
+def in_own_process(function: Callable[..., Iterator[Step]], *args: Any) -> Iterator[Step]:
+    """Run a generator in a process of its own, which goes on only when it is asked for the next step."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, function, args), daemon=True)
+    process.start()
+    theirs.close()
+    ours.recv()  # ready
+    return iter(lambda: _ask(ours), None)
+
+
+def _ask(connection: Any) -> Step | None:
+    connection.send(True)
+    return connection.recv()
+
+
+def _serve(connection: Any, function: Callable[..., Iterator[Step]], args: tuple) -> None:
+    steps = function(*args)
+    connection.send(True)
+    while True:
+        connection.recv()
+        step = next(steps, None)
+        connection.send(step)
+        if step is None:
+            return
+
+
+def table(steps: list[Step], kinds: dict[str, str], worked_out: dict[str, dict[str, int]]) -> str:
+    """Markdown, a row for each method."""
+    rows: dict[str, list[Step]] = defaultdict(list)
+    for step in steps:
+        rows[step[0]].append(step)
+    medians = {name: statistics.median(seconds for _, seconds, *_ in own) for name, own in rows.items()}
+    first = medians.get("lora", next(iter(medians.values())))
+    lines = [
+        f"| method | s per step (quartiles) | times {'LoRA' if 'lora' in medians else next(iter(medians))} |"
+        " peak memory, MB | held, MB | worked out, MB |",
+        "| --- " * 6 + "|",
+    ]
+    for name, own in rows.items():
+        low, _, high = statistics.quantiles((seconds for _, seconds, *_ in own), n=4)
+        peak, held = (max(step[i] for step in own) for i in (2, 3))
+        expected = sum(worked_out[kinds[name]].get(column, 0) for column in COLUMNS) / 1e6
+        lines.append(
+            f"| {name} | {medians[name]:.2f} ({low:.2f} - {high:.2f}) | {medians[name] / first:.2f} | {peak:.0f} |"
+            f" {held:.0f} | {expected:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def steps_of(method: str, shape: str, rank: int, batch: tuple[int, int], steps: int) -> Iterator[Step]:
+    """Take the steps of a method, one for each that is asked for."""
     torch.manual_seed(0)
     model_class, config = SHAPES[shape]
+    ids = torch.randint(config.vocab_size, batch)
+    empty = _megabytes("VmRSS")
     model = model_class(config).train()
     frozen, skip = None, 1
     if method != "frozen-base":
@@ -69,24 +136,44 @@ def measure(method: str, shape: str, rank: int, batch: tuple[int, int], steps: i
         dropout = 0.1 if "dropout" in method else 0.0
         model = get_peft_model(model, LoraConfig(r=rank, lora_dropout=dropout, target_modules="all-linear"))
         if method == "frozen-base":
-            frozen, skip, steps = find_frozen_base(model, ONE_PLAN), BEFORE, RAMP
+            frozen, skip = find_frozen_base(model, ONE_PLAN), BEFORE
         elif method != "lora":
             mask_lora(model)
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = LpAdamW(trained, lr=1e-4, freeze_zeros=method == "all-weights")
+    if method == "all-weights":
+        _plan_decay(optimizer, model)
     after_step = _decay_of(frozen, optimizer) if frozen else lambda step: None
-    ids = torch.randint(config.vocab_size, batch)
-    times = []
-    for step in range(skip + steps):
+    for step in range(skip + steps + (RAMP if frozen else 0)):
+        _forget_peak()
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
+        held = _megabytes("VmRSS") - empty
         optimizer.step()
         after_step(step)
         optimizer.zero_grad()
-        times.append(time.perf_counter() - start)
-    return times[skip:], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        seconds = time.perf_counter() - start
+        if step >= skip:
+            after = frozen is not None and step >= BEFORE + RAMP
+            yield AFTER if after else method, seconds, _megabytes("VmHWM"), held
+
+
+def _megabytes(name: str) -> float:
+    """What Linux says of this process's memory, now (VmRSS) or at its peak (VmHWM); elsewhere always the peak."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e6
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _forget_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # then the peak is that of all steps
 
 
 @torch.no_grad()
@@ -94,6 +181,13 @@ def _prune(model: torch.nn.Module) -> None:
     for module in model.base_model.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.masked_fill_(torch.rand_like(module.weight) < 0.5, 0.0)
+
+
+def _plan_decay(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """A decay of the linear layers' small weights, as in a ramp, too weak to change them much."""
+    for param in participants(model, ONE_PLAN).values():
+        row, col = torch.ones(len(param), 1), torch.ones(1, param.shape[1])
+        optimizer.state[param].update(lp_lambda=1e-6, lp_threshold=0.02, lp_row=row, lp_col=col)
 
 
 def _decay_of(frozen: FrozenBase, optimizer: torch.optim.Optimizer) -> Callable[[int], None]:

@@ -1,7 +1,7 @@
 """Memory of a training run in GB, worked out from the shapes of a model that is never made.
 
 python recipes/memory.py
-python recipes/memory.py --model_name_or_path path/to/a/config --lora_r 64
+python recipes/memory.py --model_name_or_path path/to/a/config --lora_r 64 --dtype float32
 """
 
 import argparse
@@ -27,8 +27,8 @@ LLAMA_8B = LlamaConfig(
     num_key_value_heads=8,
     tie_word_embeddings=False,
 )
-# Bytes for each number: weights and their gradients in bfloat16; adapters, moments and Hessians in float32.
-LOW, FULL = 2, 4
+# Bytes for each number in float32: adapters, moments and Hessians.
+FULL = 4
 COLUMNS = ("weights", "gradients", "moments", "Hessians")
 
 
@@ -36,18 +36,19 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="Folder or hub id with a config; a Llama of 8 B without it.")
     parser.add_argument("--lora_r", type=int, default=16, help="Rank of the adapters on all linear layers.")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="Of the model's weights.")
     args = parser.parse_args(argv)
     try:
         config = AutoConfig.from_pretrained(args.model_name_or_path) if args.model_name_or_path else LLAMA_8B
-        print(table(memory(config, args.lora_r)))
+        print(table(memory(config, args.lora_r, getattr(torch, args.dtype))))
     except (OSError, ValueError) as error:
         print(f"memory.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def memory(config: PreTrainedConfig, lora_r: int) -> dict[str, dict[str, int]]:
-    """Bytes by method, and of what.
+def memory(config: PreTrainedConfig, lora_r: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, dict[str, int]]:
+    """Bytes by method, and of what, with weights and their gradients in `dtype`.
 
     Activations are left out, and so is what one layer takes for a moment: they depend on the batch, and are alike.
     """
@@ -58,13 +59,14 @@ def memory(config: PreTrainedConfig, lora_r: int) -> dict[str, dict[str, int]]:
     with torch.device("meta"):
         model = get_peft_model(model, LoraConfig(r=lora_r, target_modules="all-linear", task_type="CAUSAL_LM"))
     adapters = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    whole = dtype.itemsize * numel
     lora = {
-        "weights": LOW * numel + FULL * adapters,
+        "weights": whole + FULL * adapters,
         "gradients": FULL * adapters,
         "moments": 2 * FULL * adapters,
         "Hessians": 0,
     }
-    full = {"weights": LOW * numel, "gradients": LOW * numel, "moments": 2 * FULL * numel, "Hessians": 0}
+    full = {"weights": whole, "gradients": whole, "moments": 2 * FULL * numel, "Hessians": 0}
     return {
         "LoRA": lora,
         "frozen base made sparse": {**lora, "Hessians": hessians},

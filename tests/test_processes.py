@@ -1,17 +1,19 @@
 """Two real processes, with DDP, FSDP2 and DeepSpeed's ZeRO; with the latter two each holds half of every parameter."""
 
+import copy
 import importlib.util
 import json
 import os
 import time
 
 import pytest
+import torch
 import worker
 from conftest import tiny_llama, trainer_for
 from processes import run_in_processes
 from safetensors.torch import load_file
 
-from hf_lpdecay import LpDecayConfig
+from hf_lpdecay import LpDecayConfig, load_masked_lora
 
 
 def fails_in_one(message):
@@ -174,6 +176,26 @@ def test_zero_1_in_bfloat16_is_resumed_to_the_bits_of_a_run_without_interruption
     assert whole[-1]["sparsity"] == expected[-1]["sparsity"] == 0.5
     with pytest.raises(ValueError, match="Nothing of the optimizer was loaded from the checkpoint at step 12"):
         alone(tmp_path / "one", config, resume=checkpoint)
+
+
+@pytest.mark.parametrize("how", ["DDP", "FSDP2", pytest.param("ZeRO", marks=needs_deepspeed)])
+def test_masked_lora_in_two_processes_learns_as_in_one(tmp_path, how):
+    options = {"max_steps": 12, "logging_steps": 3}
+    worker.train_masked_lora(str(tmp_path / "one"), "one", **options)
+    options["per_device_train_batch_size"] = 2
+    if how == "ZeRO":
+        options["deepspeed"] = zero(2)
+    run_in_processes(worker.train_masked_lora, 2, str(tmp_path / "two"), how, **options)
+    expected, losses = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("one", "two"))
+    assert losses == pytest.approx(expected, abs=1e-2) and losses[-1] < losses[0] - 0.1
+    base = worker.masked_llama().unload()
+    one, two = (load_masked_lora(copy.deepcopy(base), tmp_path / name) for name in ("one", "two"))
+    ids = torch.arange(16)[None]
+    assert torch.allclose(one(ids).logits, two(ids).logits, atol=0.1)
+    before, zeros = two(ids).logits, {name: param == 0 for name, param in base.named_parameters()}
+    merged = two.merge_and_unload()
+    assert torch.allclose(merged(ids).logits, before, atol=1e-4)
+    assert all(torch.equal(param == 0, zeros[name]) for name, param in merged.named_parameters())
 
 
 def test_a_run_in_which_a_process_aborts_is_tried_once_more(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What one of several processes does that train a tiny model on the CPU: see processes.py and test_processes.py."""
 
+import functools
 import json
 import os
 import signal
@@ -9,12 +10,12 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from conftest import frozen_llama, same_bits, tiny_llama, tiny_mixtral, trainer_for, weights
 from test_callback import plain as plain_trainer
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from hf_lpdecay import LpDecayConfig, LpDecayTrainer
+from hf_lpdecay import LpDecayConfig, LpDecayTrainer, mask_lora
 
 
-class CpuFsdp2Trainer(LpDecayTrainer):
+class CpuFsdp2Mixin:
     """Accelerate makes DDP of FSDP on a CPU, without a word; this insists."""
 
     state_dict_type: str | None = None
@@ -33,6 +34,14 @@ class CpuFsdp2Trainer(LpDecayTrainer):
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
         self.is_fsdp_enabled = True
+
+
+class CpuFsdp2Trainer(CpuFsdp2Mixin, LpDecayTrainer):
+    pass
+
+
+class PlainCpuFsdp2Trainer(CpuFsdp2Mixin, Trainer):
+    state_dict_type = "FULL_STATE_DICT"
 
 
 class Kill(TrainerCallback):
@@ -75,6 +84,37 @@ def train_frozen_base(folder: str, config: dict, dtype: str, resume: str | None 
     torch.save(trainer.model.state_dict(), os.path.join(folder, f"rank-{trainer.args.process_index}.pt"))
 
 
+def train_masked_lora(folder: str, how: str, **options) -> None:
+    """Train masked LoRA with a plain `Trainer`, and save the adapter."""
+    if how == "ZeRO":
+        no_shared_memory()
+    cls = PlainCpuFsdp2Trainer if how == "FSDP2" else Trainer
+    trainer = trainer_for(folder, trainer_cls=cls, model=masked_llama(), learning_rate=1e-2, **options)
+    trainer.train()
+    assert (type(next(trainer.model.parameters())).__name__ == "DTensor") == (how == "FSDP2")
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        with open(os.path.join(folder, "losses.json"), "w") as file:
+            json.dump([log["loss"] for log in trainer.state.log_history if "loss" in log], file)
+
+
+def masked_llama():
+    """Masked LoRA on a tiny Llama with half of its linear weights at zero."""
+    model = frozen_llama(make=functools.partial(tiny_llama, attention_dropout=0.0), lora_alpha=32)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "base_layer" in name:
+                param.masked_fill_(param.abs() < param.abs().median(), 0.0)
+    return mask_lora(model)
+
+
+def no_shared_memory() -> None:
+    """Keep DeepSpeed from what it would compile at its first use, for a minute, to spare gloo within one machine."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def resume_everywhere(folder: str, kind: str, steps: list[int], **options) -> None:
     """Train with a checkpoint at every step, go on from some of them, and check that each ends in the same bits."""
     config = LpDecayConfig(target_sparsity=0.5, scope="layer", num_plans=2, importance="activation")
@@ -103,10 +143,7 @@ def train(
 ) -> None:
     """Train a tiny Llama, save it, and write what was logged to result.json."""
     if "deepspeed" in options:
-        import deepspeed
-
-        # It would be compiled at its first use, for a minute, and spares gloo within one machine.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        no_shared_memory()
     trainer = trainer_for(
         folder,
         LpDecayConfig(**config),

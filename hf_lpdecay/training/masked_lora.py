@@ -265,7 +265,7 @@ class _MaskedProduct(torch.autograd.Function):
 
 
 def _effective_weight(weight, a, b, scale, transposed, with_base, dtype, base) -> Tensor:
-    """s (B A) * M or W + s (B A) * M, of shape (out_features, in_features), rounded as a merge rounds it, in `dtype`."""
+    """s (B A) * M or W + s (B A) * M, shape (out_features, in_features), rounded as a merge rounds it, in `dtype`."""
     if weight is None:
         weight = _dense_weight(base)
     if transposed:
