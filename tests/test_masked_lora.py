@@ -203,8 +203,8 @@ def test_what_cannot_be_masked_is_told():
     with pytest.raises(TypeError, match="got a LlamaForCausalLM, which has no adapters to mask"):
         mask_lora(tiny_llama())
     for config, message in (
-        (LoraConfig(**LORA, use_dora=True), "is a DoRA, and only LoRA"),
-        (LoHaConfig(r=4, target_modules=["q_proj"]), "is a LoHaModel, and only LoRA"),
+        (LoraConfig(**LORA, use_dora=True), "type is DoRA, and only LoRA"),
+        (LoHaConfig(r=4, target_modules=["q_proj"]), "type is LOHA, and only LoRA"),
         (LoraConfig(**{**LORA, "target_modules": ["embed_tokens"]}), "embed_tokens is a Embedding"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ from .masked_lora import (
 )
 
 
+# What `init_lora_weights` begins with where PEFT subtracts the new adapter from the base.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 @torch.no_grad()
 def mask_lora(model: PeftModel, becoming_sparse: Collection[Tensor] = ()) -> PeftModel:
     """Mask the active LoRA adapters by the base's zeros: their update is `(B A) * (W != 0)` in every forward pass.
@@ -33,7 +37,8 @@ def mask_lora(model: PeftModel, becoming_sparse: Collection[Tensor] = ()) -> Pef
     A merge, by PEFT's `merge_and_unload()` or by [`merge_sparse`], then gives the outputs that there were before it, up
     to rounding, and keeps every zero of the base. Training, saving, several adapters and `disable_adapter` are PEFT's.
     The mask is SparsePEFT's (SQFT, arXiv 2410.03750). Call it after an adapter was added or loaded; an adapter that is
-    masked already stays as it is. Layers without zeros keep PEFT's cheaper forward pass.
+    masked already stays as it is, and what `add_weighted_adapter` makes of masked ones is masked too. Layers without
+    zeros keep PEFT's cheaper forward pass.
 
     Args:
         model (`PeftModel`): With LoRA on `nn.Linear` or `Conv1D` layers, quantized ones too (the zeros of the
@@ -46,8 +51,9 @@ def mask_lora(model: PeftModel, becoming_sparse: Collection[Tensor] = ()) -> Pef
 
     Raises:
         TypeError: If `model` is not a `PeftModel`.
-        ValueError: If an adapter is not LoRA on linear layers (DoRA, an embedding), if adapters are merged, or if the
-            adapter was trained on a base with other zeros.
+        ValueError: If an adapter is not LoRA on linear layers (DoRA, an embedding), if it changed the base's weights
+            when it was made (PiSSA, OLoRA, ...) or cannot be merged, if adapters are merged, or if the adapter was
+            trained on a base with other zeros.
 
     Example:
 
@@ -216,15 +222,22 @@ def _lora_layers(model: PeftModel, verb: str = "merge") -> dict[str, LoraLayer]:
     """The adapted layers by the name of the weight that they adapt, without a final ".weight"."""
     if not isinstance(model, PeftModel):
         raise TypeError(f"Expected a PeftModel, got a {type(model).__name__}, which has no adapters to {verb}.")
-    dora = isinstance(model.base_model, LoraModel) and any(
-        model.peft_config[name].use_dora for name in model.active_adapters
-    )
-    if dora or not isinstance(model.base_model, LoraModel):
+    lora = type(model.base_model) is LoraModel  # AdaLoRA's is a subclass
+    dora = lora and any(model.peft_config[name].use_dora for name in model.active_adapters)
+    if dora or not lora:
         raise ValueError(
-            f"The adapter is a {'DoRA' if dora else type(model.base_model).__name__}, and only LoRA without use_dora"
-            " adds to a weight, so that a part of it can be dropped or masked: train a LoRA, or merge with"
+            f"The adapter's type is {'DoRA' if dora else PeftType(model.peft_type).value}, and only LoRA without"
+            " use_dora adds to a weight, so that a part of it can be dropped or masked: train a LoRA, or merge with"
             " merge_and_unload and sparsify again."
         )
+    for adapter in model.active_adapters:
+        how = model.peft_config[adapter].init_lora_weights
+        if isinstance(how, str) and how.lower().startswith(_CHANGES_BASE):
+            raise ValueError(
+                f"The adapter {adapter!r} has init_lora_weights={how!r}, which changes the base's weights when it is"
+                " made, so that their zeros are lost: take True, 'gaussian', 'orthogonal' or 'eva', with the base"
+                " loaded anew."
+            )
     layers = {}
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):
@@ -242,7 +255,17 @@ def _lora_layers(model: PeftModel, verb: str = "merge") -> dict[str, LoraLayer]:
             )
         if layer.merged:
             raise ValueError(f"The adapters of {name} are merged already: call model.unmerge_adapter() first.")
+        if any(layer.lora_bias.get(adapter) for adapter in layer.active_adapters) and base.bias is None:
+            raise ValueError(
+                f"lora_bias=True has given {name} a bias that it has none to be merged with: leave lora_bias out, or"
+                " leave out the layers without a bias."
+            )
         layers[name] = layer
+    if not layers:
+        raise ValueError(
+            f"The model has no adapted layer to {verb}: its adapters were merged and unloaded before. Go on with the"
+            " model that the merge returned."
+        )
     return layers
 
 

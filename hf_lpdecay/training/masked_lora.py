@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear, LoraVariant, ParamWrapper, _LoraParameterProxy
 from peft.utils.integrations import dequantize_module_weight
@@ -107,6 +108,13 @@ class MaskedLoraVariant(LoraVariant):
 
 class Masked:
     """What a masked layer changes of PEFT's layer, whichever it is."""
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs) -> LoraVariant | None:
+        """An adapter that is made with a masked one's config, such as a weighted sum of adapters, is masked too."""
+        if getattr(config, "lp_masked_layers", None) is None:
+            return super().resolve_lora_variant(config=config, **kwargs)
+        masked = (variant for variant in self.lora_variant.values() if isinstance(variant, MaskedLoraVariant))
+        return MaskedLoraVariant(next((variant.tied_config for variant in masked), None))
 
     def get_delta_weight(self, adapter: str, *args, **kwargs) -> Tensor:
         """The update of the base weight, zero where that is zero."""
@@ -215,7 +223,13 @@ def _dense_weight(base: nn.Module) -> Tensor:
         return weight.detach().as_subclass(Tensor) * (scales.view(-1, 1) / 127)
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         base.state_dict()  # bitsandbytes packs 4-bit weights anew for a CPU's forward pass, and unpacks them for this
-    return dequantize_module_weight(base).detach()
+    try:
+        return dequantize_module_weight(base).detach()
+    except (NotImplementedError, RuntimeError, ImportError) as error:
+        raise ValueError(
+            f"A base weight of the type {type(weight).__name__} cannot be dequantized here, and its zeros are the mask"
+            f" ({error}): quantize the sparse model in another format, or mask the adapters where that one can be read."
+        ) from error
 
 
 def _apply(layer: LoraLayer, adapter: str, x: Tensor, dtype: torch.dtype, with_base: bool) -> Tensor:
