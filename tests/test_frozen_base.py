@@ -210,6 +210,12 @@ def test_two_processes_have_the_same_weights_and_resume_to_the_same_bits(tmp_pat
     assert measure_sparsity(AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "base")).sparsity == 0.5
 
 
+def test_two_shards_are_refused(tmp_path):
+    options = {"state_dict_type": "FULL_STATE_DICT"}
+    with pytest.raises(RuntimeError, match="Under FSDP a process holds parts of the frozen base only"):
+        run_in_processes(worker.train_frozen_base, 2, str(tmp_path), HALF, "float32", **options)
+
+
 def test_conv1d_and_experts(tmp_path):
     conv1d = get_peft_model(
         tiny_gpt2(initializer_range=0.2), LoraConfig(r=4, target_modules="all-linear", fan_in_fan_out=True)
@@ -257,7 +263,8 @@ def test_what_cannot_be_made_sparse_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="made sparse by LpDecayTrainer"):
         participants(frozen_llama(), LpDecayConfig(**HALF))
     for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        with pytest.raises(ValueError, match=f"Under {kind.value} a process holds parts of the frozen base only"):
-            check_whole(kind)
+        for changes, cure in ((True, "train with DDP"), (False, "keep the zeros in a plain Trainer")):
+            with pytest.raises(ValueError, match=f"Under {kind.value} a process holds parts of the frozen.*{cure}"):
+                check_whole(kind, changes)
     with pytest.raises(TypeError, match="has no adapters to merge"):
         trainer_for(tmp_path, LpDecayConfig(**HALF), data=(token_rows(8), token_rows(8))).merge_adapters()

@@ -76,9 +76,17 @@ def train_experts(folder: str, configs: dict[str, dict], state_dict_type: str | 
         trainer.save_model()
 
 
-def train_frozen_base(folder: str, config: dict, dtype: str, resume: str | None = None, **options) -> None:
+def train_frozen_base(
+    folder: str, config: dict, dtype: str, resume: str | None = None, state_dict_type: str | None = None, **options
+) -> None:
     """Make the frozen base of a tiny Llama sparse, and save what each process has in the end."""
-    trainer = trainer_for(folder, LpDecayConfig(**config), model=frozen_llama(getattr(torch, dtype)), **options)
+    trainer = trainer_for(
+        folder,
+        LpDecayConfig(**config),
+        trainer_cls=trainer_class(state_dict_type, "LlamaDecoderLayer"),
+        model=frozen_llama(getattr(torch, dtype)),
+        **options,
+    )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     torch.save(trainer.model.state_dict(), os.path.join(folder, f"rank-{trainer.args.process_index}.pt"))

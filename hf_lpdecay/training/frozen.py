@@ -165,13 +165,15 @@ def find_frozen_base(model: nn.Module, config: LpDecayConfig, main_process: bool
     return frozen
 
 
-def check_whole(kind: DistributedType) -> None:
-    """Raise where each process holds parts of the frozen base only."""
+def check_whole(kind: DistributedType, changes: bool) -> None:
+    """Raise where each process holds parts of the frozen base only; `changes` says whether it becomes sparse."""
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"Under {kind.value} a process holds parts of the frozen base only, and its decay needs whole tensors:"
-            " train with DDP or in one process."
+        cure = (
+            "and its decay needs whole tensors: train with DDP or in one process."
+            if changes
+            else "and freeze_zeros is not needed: adapters from mask_lora(model) keep the zeros in a plain Trainer."
         )
+        raise ValueError(f"Under {kind.value} a process holds parts of the frozen base only, {cure}")
 
 
 def _check(base: nn.Module, params: dict[str, Tensor], config: LpDecayConfig) -> None:

@@ -65,7 +65,7 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
             check_optim(self.args.optim, lp_config)
             self.lp_config = config_for(self.args.optim, lp_config)
         else:
-            check_whole(self.accelerator.distributed_type)
+            check_whole(self.accelerator.distributed_type, self._frozen.changes)
             self.lp_config = self._frozen.config
         lp_config = self.lp_config
         self.lp_facts: dict[str, Any] = {}
