@@ -3,12 +3,13 @@
 Each method runs in a process of its own, and they take their steps in turns. The base of the others has half of its
 weights zero; that of the frozen base becomes so. Its steps are those of the ramp, in which it decays and its Hessians
 are collected in the second half, and those after it. "Held" is what the process holds between the backward pass and the
-step beyond what it held without a model; beside it what memory.py works out.
+step beyond what it held without a model, in a further step whose time does not count; beside it what memory.py says.
 
 python recipes/benchmark_lora.py
 """
 
 import argparse
+import ctypes
 import multiprocessing
 import resource
 import statistics
@@ -43,8 +44,9 @@ AFTER = "frozen-base, after the ramp"
 BEFORE, RAMP = 5, 10
 # Its Hessians are collected in the second half of the ramp.
 ONE_PLAN = LpDecayConfig(target_sparsity=0.5, num_plans=1)
-# Of one step: which row it belongs to, its seconds, the process's peak memory during it, and what is held, in MB.
-Step = tuple[str, float, float, float]
+# Of one step: which row it belongs to, its seconds, the process's peak memory during it in MB, and what it held in MB.
+# The seconds or what it held are not known: the one disturbs the other.
+Step = tuple[str, float | None, float, float | None]
 
 
 def main(argv: list[str]) -> int:
@@ -104,7 +106,8 @@ def table(steps: list[Step], kinds: dict[str, str], worked_out: dict[str, dict[s
     rows: dict[str, list[Step]] = defaultdict(list)
     for step in steps:
         rows[step[0]].append(step)
-    medians = {name: statistics.median(seconds for _, seconds, *_ in own) for name, own in rows.items()}
+    times = {name: [seconds for _, seconds, *_ in own if seconds is not None] for name, own in rows.items()}
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     first = medians.get("lora", next(iter(medians.values())))
     lines = [
         f"| method | s per step (quartiles) | times {'LoRA' if 'lora' in medians else next(iter(medians))} |"
@@ -112,8 +115,8 @@ def table(steps: list[Step], kinds: dict[str, str], worked_out: dict[str, dict[s
         "| --- " * 6 + "|",
     ]
     for name, own in rows.items():
-        low, _, high = statistics.quantiles((seconds for _, seconds, *_ in own), n=4)
-        peak, held = (max(step[i] for step in own) for i in (2, 3))
+        low, _, high = statistics.quantiles(times[name], n=4)
+        peak, held = max(step[2] for step in own), max(step[3] for step in own if step[3] is not None)
         expected = sum(worked_out[kinds[name]].get(column, 0) for column in COLUMNS) / 1e6
         lines.append(
             f"| {name} | {medians[name]:.2f} ({low:.2f} - {high:.2f}) | {medians[name] / first:.2f} | {peak:.0f} |"
@@ -144,20 +147,26 @@ def steps_of(method: str, shape: str, rank: int, batch: tuple[int, int], steps: 
     if method == "all-weights":
         _plan_decay(optimizer, model)
     after_step = _decay_of(frozen, optimizer) if frozen else lambda step: None
-    for step in range(skip + steps + (RAMP if frozen else 0)):
+    total = skip + steps + (RAMP if frozen else 0) + 1
+    for step in range(total):
+        # When the Hessians are complete, and in the end.
+        looks = step == total - 1 or (frozen is not None and step == BEFORE + RAMP - 2)
         _forget_peak()
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        held = _megabytes("VmRSS") - empty
+        if looks:
+            _give_back()
+            held = _megabytes("VmRSS") - empty
         optimizer.step()
         after_step(step)
         optimizer.zero_grad()
         seconds = time.perf_counter() - start
         if step >= skip:
             after = frozen is not None and step >= BEFORE + RAMP
-            yield AFTER if after else method, seconds, _megabytes("VmHWM"), held
+            name = AFTER if after else method
+            yield name, None if looks else seconds, _megabytes("VmHWM"), held if looks else None
 
 
 def _megabytes(name: str) -> float:
@@ -167,6 +176,13 @@ def _megabytes(name: str) -> float:
         return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e6
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _give_back() -> None:
+    """Give freed memory back to the system, which glibc keeps for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _forget_peak() -> None:

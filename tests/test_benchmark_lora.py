@@ -15,7 +15,9 @@ def test_every_method_is_measured(monkeypatch, capsys):
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row[1].strip() for row in rows[2:]] == [*benchmark_lora.METHODS, benchmark_lora.AFTER]
     steps = list(benchmark_lora.steps_of("frozen-base", "tiny", 2, (2, 8), 2))
-    assert [step[0] for step in steps] == ["frozen-base"] * benchmark_lora.RAMP + [benchmark_lora.AFTER] * 2
+    assert [step[0] for step in steps] == ["frozen-base"] * benchmark_lora.RAMP + [benchmark_lora.AFTER] * 3
+    assert [step[1] is None for step in steps] == [step[3] is not None for step in steps]
+    assert sum(step[1] is None for step in steps) == 2
 
 
 def count(first, last):

@@ -10,7 +10,7 @@ from test_adapters import LORA, logits, sparse
 from test_masked_lora import masked, zeros
 
 from hf_lpdecay import mask_lora, merge_sparse
-from hf_lpdecay.training import merge_cost
+from hf_lpdecay.training import masked_lora, merge_cost
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -29,6 +29,15 @@ def test_lora_that_could_not_be_merged_exactly_is_refused(options, message):
     for function in (mask_lora, merge_sparse):
         with pytest.raises(ValueError, match=message):
             function(model)
+
+
+def test_a_base_that_cannot_be_dequantized_is_named(monkeypatch):
+    def only_on_a_gpu(module):
+        raise NotImplementedError("no kernel for the CPU")
+
+    monkeypatch.setattr(masked_lora, "dequantize_module_weight", only_on_a_gpu)
+    with pytest.raises(ValueError, match=r"type Parameter cannot be dequantized here.*\(no kernel for the CPU\)"):
+        mask_lora(get_peft_model(sparse(), LoraConfig(**LORA)))
 
 
 @pytest.mark.parametrize(
