@@ -99,7 +99,7 @@ static void amx_bits(Call& call, int64_t begin, int64_t end) {
             }
         }
         for (int64_t i = 0; i < call.n; ++i)
-            for (int64_t r = 0; r < rows; ++r) put(call, i, row + r, sums[i / 32][i % 32 / 16 * 2 + r / 16][r % 16][i % 16]);
+            for (int64_t r = 0; r < rows; ++r) put(call, i, row + r, &sums[i / 32][i % 32 / 16 * 2 + r / 16][r % 16][i % 16], 1);
     }
     _tile_release();
 }

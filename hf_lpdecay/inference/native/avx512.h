@@ -23,9 +23,24 @@ struct Halves {
 
 struct Sums : Halves {
     static const int64_t LANES = 16;
+    static constexpr bool far(int n) { return n > 2; }  // fewer rows of x: memory is the limit, and one stream the fastest
     typedef __m512 Sum;
     static Sum zero() { return _mm512_setzero_ps(); }
-    static float sum(Sum total) { return _mm512_reduce_add_ps(total); }
+    // Of eight at once: a third of the instructions, which counts where rows are short.
+    static void sums(const Sum* total, int count, float* out) {
+        if (count < 4) {
+            for (int i = 0; i < count; ++i) out[i] = _mm512_reduce_add_ps(total[i]);
+            return;
+        }
+        __m256 half[8];
+        for (int i = 0; i < 8; ++i) {
+            const __m512 each = i < count ? total[i] : zero();
+            half[i] = _mm256_add_ps(_mm512_castps512_ps256(each), _mm512_extractf32x8_ps(each, 1));
+        }
+        const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+        const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(half[4], half[5]), _mm256_hadd_ps(half[6], half[7]));
+        _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+    }
     static Sum scaled(float w, const float* x, Sum total) { return _mm512_fmadd_ps(_mm512_set1_ps(w), _mm512_loadu_ps(x), total); }
     static void all(float* out, const Sum* total) {
         _mm512_storeu_ps(out, _mm512_add_ps(_mm512_add_ps(total[0], total[1]), _mm512_add_ps(total[2], total[3])));

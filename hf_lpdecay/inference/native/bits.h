@@ -1,39 +1,44 @@
 // A bit mask and packed values times rows of x: one loop for all instruction sets.
 //
 // What an instruction set gives (`Ops`): WIDTH weights at a time, `place` (a step's values, taken, in their places),
-// `fma` (times as many entries of one row of x), `sum`, `store` (dense), `column` (the order of x), MOST rows of x and
+// `fma` (times as many entries of one row of x), `sums` (of up to MOST vectors), `store` (dense), `column` (the order of x), MOST rows of x and
 // `rows(n)` rows of the weight whose sums fit the registers together.
 #pragma once
 #include "plain.h"
 
 // Of the weight: their values stay in the cache for all rows of x.
 static const int64_t TILE_ROWS = 24;
+// Bytes to prefetch: the processor's own prefetchers stop at the end of a page, which is soon reached.
+static const int64_t AHEAD = 1024;
 
-// Outputs of R rows of the weight, of which those from `begin` to `end` are kept, for N of the `group` rows of x which
-// lie together: for each `Ops::WIDTH` columns all of them.
+// Outputs of R rows of the weight, `apart` rows from each other, for N of the `group` rows of x which lie together: for
+// each `Ops::WIDTH` columns all of them.
 template <class Ops, int R, int N>
-static inline void bits_block(const Call& call, int64_t row, int64_t begin, int64_t end, int64_t first, const int64_t group) {
+static inline void bits_block(const Call& call, int64_t row, int64_t apart, int64_t first, const int64_t group) {
     const Layer& layer = *call.layer;
     const typename Ops::X* x = (const typename Ops::X*)call.x + first / Ops::MOST * Ops::MOST * padded(layer.cols) + first % Ops::MOST * Ops::WIDTH;
     const int64_t stride = mask_stride(layer);
     const uint8_t* mask = layer.positions + row * stride;
-    // The processor's own prefetchers stop at the end of a page, which is soon reached.
-    const int64_t later = layer.starts[row + 2 * R <= layer.rows ? row + R : row] - layer.starts[row];
+    // What is prefetched: of neighbours the next R rows, into the second cache; of rows that are far apart what follows.
+    const bool far = Ops::far(N);
+    const int64_t next = row + 2 * R <= layer.rows ? layer.starts[row + R] - layer.starts[row] : 0;
+    const int64_t ahead = far ? AHEAD : next * int64_t(sizeof(VALUE)), mask_ahead = far ? AHEAD : R * stride;
+    const int lines = far && sizeof(VALUE) == 2 ? 1 : 2;
     const VALUE* value[R];
     typename Ops::Sum sums[R][N];
     for (int r = 0; r < R; ++r) {
-        value[r] = layer.values + layer.starts[row + r];
+        value[r] = layer.values + layer.starts[row + r * apart];
         for (int i = 0; i < N; ++i) sums[r][i] = Ops::zero();
     }
     for (int64_t word = 0; 64 * word < layer.cols; ++word) {
         uint64_t bits[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            bits[r] = mask_word(mask + r * stride, word, layer.cols);
-            // With few rows of x the second cache is fast enough, and the first one's misses are the limit.
-            __builtin_prefetch(value[r] + later, 0, N > 2 ? 3 : 2);
-            __builtin_prefetch((const char*)(value[r] + later) + 64, 0, N > 2 ? 3 : 2);
-            __builtin_prefetch(mask + (R + r) * stride + 8 * word, 0, N > 2 ? 3 : 2);
+            const uint8_t* from = mask + r * apart * stride;
+            bits[r] = mask_word(from, word, layer.cols);
+            if (word % 8 == 0) __builtin_prefetch(from + 8 * word + mask_ahead, 0, far ? 3 : 2);
+#pragma GCC unroll 2
+            for (int line = 0; line < lines; ++line) __builtin_prefetch((const char*)value[r] + ahead + 64 * line, 0, far ? 3 : 2);
         }
 #pragma GCC unroll 8
         for (int step = 0; step < 64 / Ops::WIDTH; ++step, x += group * Ops::WIDTH) {
@@ -46,9 +51,11 @@ static inline void bits_block(const Call& call, int64_t row, int64_t begin, int6
                 for (int r = 0; r < R; ++r) sums[r][i] = Ops::fma(w[r], x + i * Ops::WIDTH, sums[r][i]);
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int i = 0; i < N; ++i)
-            if (row + r >= begin && row + r < end) put(call, first + i, row + r, Ops::sum(sums[r][i]));
+    for (int r = 0; r < R; ++r) {
+        float y[8];
+        Ops::sums(sums[r], N, y);
+        put(call, first, row + r * apart, y, N);
+    }
 }
 
 // For n rows of x, which N comes down to.
@@ -56,23 +63,25 @@ template <class Ops, int N> static void bits_rows(const Call& call, int64_t begi
     if constexpr (N > 1)
         if (n < N) return bits_rows<Ops, N - 1>(call, begin, end, first, n);
     const int R = Ops::rows(N);
-    if (call.layer->rows < R) {
+    if (end - begin < R) {
         for (; begin < end; ++begin)
-            for (int i = 0; i < N; ++i) bits_block<Ops, 1, 1>(call, begin, begin, end, first + i, N);
+            for (int i = 0; i < N; ++i) bits_block<Ops, 1, 1>(call, begin, 0, first + i, N);
         return;
     }
-    for (; begin < end; begin += R) {
-        const int64_t row = begin + R <= call.layer->rows ? begin : call.layer->rows - R;  // in the end, some a second time
-        bits_block<Ops, R, N>(call, row, begin, end, first, N);
-    }
+    // The R rows are neighbours, or so far apart that each is followed by the one that is taken next: R long streams.
+    const bool far = Ops::far(N);
+    const int64_t apart = far ? (end - begin) / R : 1, step = far ? 1 : R, last = end - 1 - (R - 1) * apart;
+    for (; begin < last + step; begin += step)  // in the end, some rows a second time
+        bits_block<Ops, R, N>(call, begin < last ? begin : last, apart, first, N);
 }
 
 // Rows of x from `first` on that lie together.
 template <class Ops> static inline int64_t group_of(int64_t n, int64_t first) { return n - first < Ops::MOST ? n - first : Ops::MOST; }
 
 template <class Ops> static void bits(Call& call, int64_t begin, int64_t end) {
-    for (; begin < end; begin += TILE_ROWS) {
-        const int64_t last = begin + TILE_ROWS < end ? begin + TILE_ROWS : end;
+    const int64_t tile = call.n > Ops::MOST ? TILE_ROWS : end - begin;
+    for (; begin < end; begin += tile) {
+        const int64_t last = begin + tile < end ? begin + tile : end;
         for (int64_t first = 0; first < call.n; first += Ops::MOST)
             bits_rows<Ops, Ops::MOST>(call, begin, last, first, group_of<Ops>(call.n, first));
     }

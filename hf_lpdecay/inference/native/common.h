@@ -61,21 +61,19 @@ struct Call {
     std::atomic<int64_t> next;
 };
 
-static inline void put(const Call& call, int64_t i, int64_t row, float value) {
+// Outputs of one row of the weight for `count` rows of x from `first` on.
+template <class Out> static inline void put_as(const Call& call, int64_t first, int64_t row, const float* values, int64_t count) {
     const Layer& layer = *call.layer;
-    int64_t at = i * layer.rows + row;
+    const float bias = layer.bias ? widen(((const Out*)layer.bias)[row]) : 0;
+    Out* out = (Out*)call.y + first * layer.rows + row;
+    for (int64_t i = 0; i < count; ++i, out += layer.rows) narrow(layer.bias ? values[i] + bias : values[i], out);
+}
+
+static inline void put(const Call& call, int64_t first, int64_t row, const float* values, int64_t count) {
     switch (call.type) {
-    case F32:
-        if (layer.bias) value += ((const float*)layer.bias)[row];
-        ((float*)call.y)[at] = value;
-        break;
-    case BF16:
-        if (layer.bias) value += widen(((const bf16*)layer.bias)[row]);
-        narrow(value, (bf16*)call.y + at);
-        break;
-    default:
-        if (layer.bias) value += widen(((const f16*)layer.bias)[row]);
-        narrow(value, (f16*)call.y + at);
+    case F32: return put_as<float>(call, first, row, values, count);
+    case BF16: return put_as<bf16>(call, first, row, values, count);
+    default: return put_as<f16>(call, first, row, values, count);
     }
 }
 

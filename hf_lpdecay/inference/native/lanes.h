@@ -27,10 +27,21 @@ static inline lanes add(lanes a, lanes b) { return {vaddq_f32(a.low, b.low), vad
 static inline void store(float* x, lanes a) { vst1q_f32(x, a.low); vst1q_f32(x + 4, a.high); }
 #endif
 
-static inline float sum(lanes a) {
-    float x[8];
-    store(x, a);
-    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+// The sum of each of up to four.
+static inline void sums(const lanes* total, int count, float* out) {
+#if defined(ISA_AVX2)
+    if (count > 1) {
+        const lanes none = zero(), third = count > 2 ? total[2] : none, fourth = count > 3 ? total[3] : none;
+        const lanes four = _mm256_hadd_ps(_mm256_hadd_ps(total[0], total[1]), _mm256_hadd_ps(third, fourth));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+        return;
+    }
+#endif
+    for (int i = 0; i < count; ++i) {
+        float x[8];
+        store(x, total[i]);
+        out[i] = ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+    }
 }
 
 // For each mask of eight bits 32 bytes: where the bytes of eight float32 come from.
@@ -118,12 +129,81 @@ static inline void store_as(f16* out, lanes a) {
 }
 #endif
 
+#if defined(ISA_AVX2)
+// For each mask of eight bits 16 bytes: where the bytes of eight values of 16 bits come from.
+struct HalfTable {
+    alignas(64) uint8_t at[256][16];
+    HalfTable() {
+        for (int mask = 0; mask < 256; ++mask)
+            for (int lane = 0, rank = 0; lane < 8; ++lane) {
+                bool set = mask >> lane & 1;
+                at[mask][2 * lane] = set ? 2 * rank : 0x80;
+                at[mask][2 * lane + 1] = set ? 2 * rank + 1 : 0x80;
+                rank += set;
+            }
+    }
+};
+static const HalfTable half_table;
+
+// A byte of the mask, from bit SHIFT on, times 16. The compiler takes three instructions, and their number is the limit.
+template <int SHIFT> static inline uint64_t entry(uint64_t bits) {
+    uint64_t offset;
+    asm("rorx %2, %1, %0\n\tand $0xff0, %k0" : "=&r"(offset) : "r"(bits), "i"((SHIFT - 4) & 63) : "cc");
+    return offset;
+}
+
+// For one row of x: values of 16 bits, 16 at a time, each of which is widened for one product only. bfloat16: `a` has the
+// even columns, `b` the odd ones. Else the first and the last eight.
+struct Halves {
+    typedef float X;
+    struct W { __m256 a, b; };
+    typedef __m256 Sum;
+    static const int64_t WIDTH = 16, MOST = 1;
+    static constexpr int rows(int) { return 4; }
+    static constexpr bool far(int) { return true; }
+    static int64_t column(int64_t lane) { return VALUE_IS == BF16 ? lane % 8 * 2 + lane / 8 : lane; }
+    static W split(__m256i w, bf16) {
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)),
+                _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(int(0xffff0000))))};
+    }
+    static W split(__m256i w, f16) {
+        return {_mm256_cvtph_ps(_mm256_castsi256_si128(w)), _mm256_cvtph_ps(_mm256_extracti128_si256(w, 1))};
+    }
+    static __m256i join(const void* low, const void* high) {
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)low)), _mm_loadu_si128((const __m128i*)high), 1);
+    }
+    // 16 weights: the mask's bits from SHIFT on.
+    template <int SHIFT, class T> static __m256i both(uint64_t bits, const T*& values) {
+        const uint64_t low = entry<SHIFT>(bits), high = entry<SHIFT + 8>(bits);
+        const T* second = values + __builtin_popcountll(low);
+        const __m256i packed = join(values, second), at = join(half_table.at[0] + low, half_table.at[0] + high);
+        values = second + __builtin_popcountll(high);
+        return _mm256_shuffle_epi8(packed, at);
+    }
+    template <class T> static W place(uint64_t bits, int step, const T*& values) {
+        switch (step) {
+        case 0: return split(both<0>(bits, values), T());
+        case 1: return split(both<16>(bits, values), T());
+        case 2: return split(both<32>(bits, values), T());
+        default: return split(both<48>(bits, values), T());
+        }
+    }
+    static Sum zero() { return _mm256_setzero_ps(); }
+    static Sum fma(W w, const X* x, Sum total) {
+        total = _mm256_fmadd_ps(w.a, _mm256_loadu_ps(x), total);
+        return _mm256_fmadd_ps(w.b, _mm256_loadu_ps(x + 8), total);
+    }
+    static void sums(const Sum* total, int count, float* out) { ::sums(total, count, out); }
+};
+#endif
+
 struct Lanes {
     typedef float X;
     typedef lanes W;
     typedef lanes Sum;
     static const int64_t WIDTH = 8, MOST = 4, LANES = 8;
     static constexpr int rows(int) { return 3; }
+    static constexpr bool far(int) { return true; }
     static int64_t column(int64_t lane) { return lane; }
     static W place(uint64_t bits, int step, const VALUE*& values) {
         // The number of the entry times its size.
@@ -138,7 +218,7 @@ struct Lanes {
     }
     static Sum zero() { return ::zero(); }
     static Sum fma(W w, const X* x, Sum total) { return ::fma(w, load(x), total); }
-    static float sum(Sum total) { return ::sum(total); }
+    static void sums(const Sum* total, int count, float* out) { ::sums(total, count, out); }
     static Sum scaled(float w, const float* x, Sum total) { return ::fma(broadcast(w), load(x), total); }
     static void all(float* out, const Sum* total) { ::store(out, add(add(total[0], total[1]), add(total[2], total[3]))); }
     template <class Out> static void store(W w, Out* out) { store_as(out, w); }

@@ -19,7 +19,7 @@ static void plain_rows(Call& call, int64_t begin, int64_t end) {
                 for (int64_t col = 0; col < layer.cols; ++col)
                     if (mask[col / 8] >> (col % 8) & 1) sum += widen(*value++) * x[i * layer.cols + col];
             }
-            put(call, i, row, sum);
+            put(call, i, row, &sum, 1);
         }
 }
 

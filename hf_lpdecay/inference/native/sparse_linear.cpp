@@ -98,7 +98,13 @@ extern "C" void multiply(const Layer* layer, const void* x, void* y, int64_t n, 
     if (layer->columns) {
         call.x = floats(x, type, n, layer->cols, n == 1 ? 0 : Lanes::LANES);
         call.work = n == 1 ? columns_1 : columns_many<Lanes>;
-    } else multiply_bits<Lanes>(call, x, type, layer->cols);
+    } else {
+#if defined(ISA_AVX2) && VALUE_IS != 0
+        if (n == 1) multiply_bits<Halves>(call, x, type, layer->cols);
+        else
+#endif
+            multiply_bits<Lanes>(call, x, type, layer->cols);
+    }
 #else
     call.x = floats(x, type, n, layer->cols, 0), call.work = plain_rows;
 #endif
