@@ -12,7 +12,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 from hf_lpdecay.files import write_text
 from hf_lpdecay.inference import SparseLinear
 from hf_lpdecay.inference.kernels import kernel_for
-from hf_lpdecay.inference.speed import COLUMNS_FROM, choose_encoding
+from hf_lpdecay.inference.speed import COLUMNS_FROM, choose_encoding, time_in_turn
 
 
 SHAPES = ("4096x4096", "14336x4096", "4096x14336", "2048x2048", "1536x576", "576x576", "192x576")
@@ -78,20 +77,12 @@ def measure(outputs: int, inputs: int, zeros: float, row_counts: list[int], roun
     chosen = choose_encoding(low.weight, zeros)
     columns = zeros >= COLUMNS_FROM if chosen is None else chosen  # `to_sparse` would leave the layer dense
     sparse = SparseLinear.from_dense(low.weight, columns=columns)
-    other = torch.empty(64 << 20, dtype=torch.uint8)
     results = []
     for n in row_counts:
         x = torch.randn(n, inputs, generator=generator)
-        calls = {"float32": (dense, x), "bfloat16": (low, x.bfloat16())}
-        calls["sparse"] = sparse, x.bfloat16()
-        seconds = {name: [] for name in calls}
-        for _ in range(rounds + 1):
-            for name, (module, given) in calls.items():
-                other.add_(1)  # a layer's weight is out of every cache when a large model comes to it
-                started = time.perf_counter()
-                module(given)
-                seconds[name].append(time.perf_counter() - started)
-        medians = {name: statistics.median(each[1:]) for name, each in seconds.items()}
+        calls = {"float32": (dense, x), "bfloat16": (low, x.bfloat16()), "sparse": (sparse, x.bfloat16())}
+        seconds = time_in_turn(calls, rounds)
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
         rival = min(("float32", "bfloat16"), key=medians.get)
         results.append(
             {
@@ -99,7 +90,7 @@ def measure(outputs: int, inputs: int, zeros: float, row_counts: list[int], roun
                 "encoding": "columns" if columns else "bits",
                 "converted": chosen is not None,
                 "seconds": medians,
-                "speedups": sorted(a / b for a, b in zip(seconds[rival][1:], seconds["sparse"][1:])),
+                "speedups": sorted(a / b for a, b in zip(seconds[rival], seconds["sparse"])),
                 "speedup": medians[rival] / medians["sparse"],
                 "memory": sum(tensor.nbytes for tensor in sparse.packed[:3]) / low.weight.nbytes,
             }

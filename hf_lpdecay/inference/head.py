@@ -1,8 +1,5 @@
 """The output head of a language model, dense: as large as all blocks of a small model, and read for every token."""
 
-import statistics
-import time
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -10,6 +7,7 @@ from transformers import PreTrainedModel
 from . import kernels
 from .kernels import Weight
 from .sparse_linear import NO_TRAINING
+from .speed import time_in_turn
 
 
 _ROUNDS = 5
@@ -33,7 +31,7 @@ class PackedHead(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the head to `x`, shape (..., in)."""
         values = self.weight.detach().view(-1)
-        if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_dynamo_compiling():
             return torch.ops.hf_lpdecay.sparse_linear(x, self.positions, values, self.starts, self.bias, False)
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(NO_TRAINING)
@@ -95,13 +93,8 @@ def pack_head(model: nn.Module, dtype: torch.dtype | None) -> bool:
 
 def _is_faster(new: nn.Module, head: nn.Linear) -> bool:
     x = torch.randn(1, head.in_features).to(head.weight.dtype)
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(_ROUNDS):
-        for module, taken in zip((new, head), seconds):
-            started = time.perf_counter()
-            module(x)
-            taken.append(time.perf_counter() - started)
-    return statistics.median(seconds[0][1:]) < statistics.median(seconds[1][1:])
+    seconds = time_in_turn({True: (new, x), False: (head, x)}, _ROUNDS)
+    return min(seconds[True]) < min(seconds[False])
 
 
 def unpack_head(model: nn.Module) -> None:

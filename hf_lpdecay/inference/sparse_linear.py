@@ -63,8 +63,9 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x`, shape (..., in)."""
-        # Past torch's dispatcher, which takes as long as a small layer: compiled and traced models take the operator.
-        if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        # Past torch's dispatcher, which takes as long as a small layer. Compiled and traced models take the operator (a
+        # traced model's tensors are of a type of their own).
+        if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_dynamo_compiling():
             return torch.ops.hf_lpdecay.sparse_linear(
                 x, self.positions, self.values, self.starts, self.bias, self.columns
             )

@@ -1,13 +1,16 @@
 """Whether a sparse layer is faster than the dense one, measured on this machine."""
 
+import copy
 import functools
-import statistics
+import math
 import time
+from collections.abc import Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .encoding import MAX_COLUMNS
+from .encoding import MAX_COLUMNS, concatenate
 from .kernels import kernel_for
 from .sparse_linear import SparseLinear
 
@@ -15,10 +18,18 @@ from .sparse_linear import SparseLinear
 # Below it a mask and the values take three quarters of the dense weight, and no shape was faster.
 MIN_SPARSITY = 0.3
 # From there on columns may be faster than a bit mask, which has to be read through.
-COLUMNS_FROM = 0.85
-_ROUNDS = 7
+COLUMNS_FROM = 0.75
+# A layer is replaced if it takes at most this share of the dense one's time: more than two measurements differ by.
+_MARGIN = 0.95
+# Columns take more memory than a mask with less than 94 % zeros: they have to be faster by as much.
+_COLUMNS_MARGIN = 0.9
+_ROUNDS = 12
 # Rows of x that are timed: one token at a time, and eight.
 _ROWS = (1, 8)
+# More than the caches of most processors hold for a few cores.
+_CACHE_BYTES = 64 << 20
+
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 def choose_encoding(weight: Tensor, sparsity: float) -> bool | None:
@@ -34,38 +45,68 @@ def choose_encoding(weight: Tensor, sparsity: float) -> bool | None:
         return False
     if isinstance(kernel_for(weight.dtype), str):
         return None
-    # Layers of one shape differ little in their zeros, and not in what is faster: 2 % is the grain.
-    return _measured(*weight.shape, weight.dtype, round(sparsity * 50) / 50, torch.get_num_threads())
+    # One measurement for all layers of a shape within 5 %; with the fewest zeros of these, which is the slowest.
+    return _measured(*weight.shape, weight.dtype, math.floor(sparsity * 20 + 1e-6) / 20, torch.get_num_threads())
 
 
 @functools.cache
 def _measured(rows: int, cols: int, dtype: torch.dtype, sparsity: float, threads: int) -> bool | None:
     generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(rows, cols, generator=generator).to(dtype)
-    dense[torch.rand(rows, cols, generator=generator) < sparsity] = 0.0
+    part = torch.randn(min(rows, 128), cols, generator=generator).to(dtype)  # all rows at random would take seconds
+    part[torch.rand(part.shape, generator=generator) < sparsity] = 0.0
+    dense = part.repeat(-(-rows // len(part)), 1)[:rows]
     candidates: dict[bool | None, nn.Module] = {None: nn.Linear(cols, rows, bias=False, device="meta")}
     candidates[None].weight = nn.Parameter(dense, requires_grad=False)
     candidates[False] = SparseLinear.from_dense(dense)
     if sparsity >= COLUMNS_FROM and cols <= MAX_COLUMNS:
         candidates[True] = SparseLinear.from_dense(dense, columns=True)
-    timed = [_time(candidates, n, dtype) for n in _ROWS]
-    seconds = {key: [each[key] for each in timed] for key in candidates}
-    return min(
-        (key for key in candidates if key is None or all(a <= b for a, b in zip(seconds[key], seconds[None]))),
-        key=lambda key: seconds[key][0],
-    )
+    seconds: dict[bool | None, list[float]] = {key: [] for key in candidates}
+    for n in _ROWS:
+        x = torch.randn(n, cols, generator=generator).to(dtype)
+        for key, each in time_in_turn({key: (layer, x) for key, layer in candidates.items()}, _ROUNDS).items():
+            seconds[key].append(min(each))  # the call that no other program disturbed
+    return fastest(seconds)
 
 
-@torch.no_grad()
-def _time(candidates: dict[bool | None, nn.Module], n: int, dtype: torch.dtype) -> dict[bool | None, float]:
-    """Median seconds of each, in interleaved rounds with the weight out of the nearest cache, as in a whole model."""
-    x = torch.randn(n, candidates[None].in_features).to(dtype)
-    other = torch.empty(4 << 20, dtype=torch.uint8)
-    seconds: dict[bool | None, list[float]] = {name: [] for name in candidates}
-    for _ in range(_ROUNDS):
-        for name, module in candidates.items():
-            other.add_(1)
-            started = time.perf_counter()
-            module(x)
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(each[1:]) for name, each in seconds.items()}
+def fastest(seconds: dict[bool | None, list[float]]) -> bool | None:
+    """The encoding to take, by the seconds that each takes for some numbers of rows; `None` is the dense layer."""
+    faster = {
+        key: each[0] / _COLUMNS_MARGIN if key else each[0]
+        for key, each in seconds.items()
+        if key is not None and all(own <= _MARGIN * dense for own, dense in zip(each, seconds[None]))
+    }
+    return min(faster, key=faster.__getitem__, default=None)
+
+
+@torch.inference_mode()
+def time_in_turn(calls: dict[_Name, tuple[nn.Module, Tensor]], rounds: int) -> dict[_Name, list[float]]:
+    """Seconds of each layer in interleaved rounds, after one that does not count.
+
+    Of small layers copies take turns too, so that each weight is out of every cache when its turn comes, as in a whole
+    model, while the code is in them.
+
+    Args:
+        calls (`dict[Any, tuple[nn.Module, torch.Tensor]]`): Layers and what each is given.
+        rounds (`int`): How often each is timed at least.
+    """
+    nbytes = sum(tensor.nbytes for layer, _ in calls.values() for tensor in (*layer.parameters(), *layer.buffers()))
+    turns = [calls]
+    for _ in range(_CACHE_BYTES // max(1, nbytes)):
+        turns.append({name: (_copy(layer), x) for name, (layer, x) in calls.items()})
+    seconds: dict[_Name, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for turn in turns:
+            for name, (layer, x) in turn.items():
+                started = time.perf_counter()
+                layer(x)
+                if number:
+                    seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _copy(layer: nn.Module) -> nn.Module:
+    if not isinstance(layer, SparseLinear):
+        return copy.deepcopy(layer)
+    packed = layer.packed  # a deep copy would not be in large pages
+    packed = packed._replace(positions=concatenate([packed.positions]), values=concatenate([packed.values]))
+    return SparseLinear(packed, layer.bias, layer.transposed)
