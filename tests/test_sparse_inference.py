@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_llama, tiny_mixtral
+from conftest import same_bits, tiny_gpt2, tiny_llama, tiny_mixtral
 from test_experts import tiny_gpt_oss
 from test_to_sparse import every_layer_is_faster, half_zero, outputs  # noqa: F401 (a fixture)
 from torch import nn
@@ -87,6 +87,36 @@ def test_every_expert_is_a_sparse_layer(make, implementation):
     to_dense(model)
     assert model.config._experts_implementation == implementation
     assert sum(param.dim() == 3 and param.dtype == torch.float32 for param in model.parameters()) == 4
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mixtral, tiny_gpt_oss])
+def test_state_dicts_of_dense_and_sparse_models_are_loaded(make):
+    first, second = half_zero(make()), half_zero(make(), share=0.4)
+    expected, dense = outputs(second), second.state_dict()
+    dense = {name: tensor.clone() for name, tensor in dense.items()}
+    to_sparse(first)
+    assert (outputs(first) - expected).abs().max() > 1e-3
+    first.load_state_dict(dense)
+    torch.testing.assert_close(outputs(first), expected, rtol=1e-4, atol=1e-5)
+    copied = copy.deepcopy(to_sparse(half_zero(make())))
+    copied.load_state_dict(first.state_dict())
+    assert torch.equal(outputs(copied), outputs(first)) and same_bits(copied.state_dict(), first.state_dict())
+    name = next(name for name in dense if "down_proj" in name or "c_proj" in name)
+    lacking = {key: tensor for key, tensor in dense.items() if key != name}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        copied.load_state_dict(lacking)
+    to_dense(copied).load_state_dict(dense)
+    torch.testing.assert_close(outputs(copied), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
+def test_training_names_the_way_back(make):
+    model = to_sparse(half_zero(make()))
+    with pytest.raises(RuntimeError, match=r"to_dense\(model\) gives the dense model"):
+        model.train()
+    inputs = torch.zeros(1, 3, model.config.hidden_size, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"to_dense\(model\) gives the dense model"):
+        model.model.layers[0].mlp(inputs)
 
 
 def test_experts_that_are_computed_otherwise_stay_dense(monkeypatch, caplog):

@@ -83,6 +83,7 @@ def test_special_values_survive_both_encodings(dtype):
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 3, 7), (0, 7), (300, 7), (3, 0, 7)])
 def test_the_layer_is_the_dense_one_in_float64(shape, columns):
+    torch.manual_seed(0)
     linear = nn.Linear(7, 5).requires_grad_(False)
     linear.weight.copy_(with_zeros(5, 7))
     x = torch.randn(shape)
@@ -111,6 +112,9 @@ def test_strided_activations_threads_copies_and_pickles():
         assert torch.equal(other(x), expected)
     other.load_state_dict({"weight": torch.ones(2048, 96), "bias": torch.zeros(2048)})
     assert torch.allclose(other(x), x.sum(-1, keepdim=True).expand(3, 2048), atol=1e-4)
+    with pytest.raises(RuntimeError, match=r"weight is \[96, 2048\] as \(out, in\) features, and the layer has 2048"):
+        other.load_state_dict({"weight": torch.ones(96, 2048)}, strict=False)
+    assert other.load_state_dict({}, strict=False).missing_keys == ["bias", "weight"]
     assert "sparsity=" in repr(layer) and len(layer.values) < 2048 * 96 * 0.52 + PADDING
 
 

@@ -15,7 +15,7 @@ _PART = 1 << 20
 # A number of a column takes 16 bits.
 MAX_COLUMNS = 1 << 16
 # From this size on a tensor is asked to lie in large pages.
-_LARGE = 4 << 20
+_LARGE = 2 << 20
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..sparsity.experts import expert_weights
 from ..sparsity.selection import Modules, match_parameters
@@ -46,6 +47,7 @@ class SparseExperts(nn.ModuleList):
         super().__init__(SparseMatrix.from_dense(matrix.to(dtype), **options) for matrix in weight)
         self.dense_dtype = weight.dtype
         self.implementation: str | None = None
+        self.handle: RemovableHandle | None = None  # of the hook that loads a dense parameter
 
     @property
     def weight(self) -> Tensor:
@@ -76,9 +78,19 @@ def put_experts(model: nn.Module, name: str, new: SparseExperts) -> None:
     prefix, _, leaf = name.rpartition(".")
     module = model.get_submodule(prefix)
     new.implementation = module.config._experts_implementation
+    new.handle = module.register_load_state_dict_pre_hook(_split)
     delattr(module, leaf)
     setattr(module, leaf, new)
     module.config._experts_implementation = "eager"
+
+
+def _split(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Give the matrices of a dense parameter, which is loaded into its module, the names of the sparse experts."""
+    for leaf, experts in module.named_children():
+        weight = state_dict.get(prefix + leaf) if isinstance(experts, SparseExperts) else None
+        if weight is not None and weight.dim() == 3 and len(weight) == len(experts):
+            del state_dict[prefix + leaf]
+            state_dict.update({f"{prefix}{leaf}.{i}.weight": matrix for i, matrix in enumerate(weight)})
 
 
 def restore_experts(model: nn.Module) -> None:
@@ -91,5 +103,6 @@ def restore_experts(model: nn.Module) -> None:
             # The first one was replaced while the implementation was still the user's.
             kept = kept or module.implementation
             delattr(parent, leaf)
+            module.handle.remove()
             setattr(parent, leaf, nn.Parameter(module.weight.to(module.dense_dtype)))
             parent.config._experts_implementation = kept

@@ -104,14 +104,20 @@ class SparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         super()._load_from_state_dict(state_dict, prefix, *args)
-        missing, unexpected = args[2:4]
+        missing, unexpected, errors = args[2:]
         weight = state_dict.get(prefix + "weight")
         if weight is None:
             missing.append(prefix + "weight")
             return
         if prefix + "weight" in unexpected:
             unexpected.remove(prefix + "weight")
-        weight = weight.t() if self.transposed else weight
+        weight = weight.t() if self.transposed and weight.dim() == 2 else weight
+        if weight.shape != (self.out_features, self.in_features):
+            errors.append(
+                f"{prefix}weight is {list(weight.shape)} as (out, in) features, and the layer has"
+                f" {self.out_features} and {self.in_features}."
+            )
+            return
         packed = encode(weight.to(self.values.device, self.values.dtype), columns=self.columns)
         self.positions, self.values, self.starts = packed[:3]
         self._calls = {}
