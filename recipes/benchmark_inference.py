@@ -90,7 +90,11 @@ def measure(options: argparse.Namespace) -> list[dict]:
     finally:
         for process, _ in workers:
             process.terminate()
+    first = torch.tensor(results[0]["logits"])
     for result in results:
+        logits = torch.tensor(result.pop("logits"))
+        if logits.shape == first.shape:
+            result["logits_off"] = float((logits - first).abs().max() / first.abs().max())
         for name, tokens in (("prefill", options.prompt_tokens), ("generate", options.new_tokens)):
             if f"{name}_seconds" not in result:
                 continue
@@ -115,9 +119,10 @@ def serve(connection, folder: str, how: str, options: dict) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = options["batch_size"], options["prompt_tokens"]
     prompt = torch.randint(model.config.vocab_size, shape, generator=generator)
-    model(prompt)
+    logits = model(prompt).logits[0].float()
     connection.send(
         {
+            "logits": logits.view(-1, logits.shape[-1])[-1].tolist(),
             "parameters": parameter_count(model),
             "linear_bytes": linear_bytes(model),
             "file_bytes": sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")),
@@ -151,16 +156,18 @@ def linear_bytes(model: torch.nn.Module) -> int:
 
 
 def table(results: list[dict]) -> str:
-    """One row per model; speed as a ratio to the first one of the same round, median and spread."""
+    """One row per model; speed as a ratio to the first one of the same round, median and spread; last logits of the
+    prompt, the largest difference from the first model's as a share of its largest."""
     timed = {"prefill": "prefill, tokens/s", "generate": "generation, tokens/s"}
     timed = {name: title for name, title in timed.items() if f"{name}_seconds" in results[0]}
-    titles = ["model", "parameters", "file, MB", "memory, MB", "linear layers, MB"]
+    titles = ["model", "parameters", "file, MB", "memory, MB", "linear layers, MB", "logits, off the first's"]
     for title in timed.values():
         titles += [title, "against the first"]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for result in results:
         cells = [Path(result["model"]).name, f"{result['parameters']:,}"]
         cells += [f"{result[name] / 1e6:.0f}" for name in ("file_bytes", "memory_bytes", "linear_bytes")]
+        cells.append(f"{result['logits_off']:.1e}" if "logits_off" in result else "")
         for name in timed:
             ratios = result[f"{name}_speedups"]
             cells.append(f"{result[f'{name}_tokens_per_second']:.4g}")

@@ -43,6 +43,7 @@ def test_sparse_layers_beside_the_dense_ones(tmp_path, capsys):
     assert benchmark_inference.main([str(tmp_path / "sparse"), *flags]) == 0
     dense, sparse, low = json.loads((tmp_path / "results.json").read_text())["models"]
     assert sparse["model"] == f"{dense['model']} (sparse)" and len(sparse["generate_seconds"]) == 1
+    assert dense["logits_off"] == 0 and sparse["logits_off"] < 1e-4 < low["logits_off"] < 0.1
     assert low["linear_bytes"] == dense["linear_bytes"] // 2 and sparse["parameters"] == dense["parameters"]
     assert "| sparse (sparse) |" in capsys.readouterr().out
 

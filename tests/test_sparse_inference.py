@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import same_bits, tiny_gpt2, tiny_llama, tiny_mixtral
+from safetensors.torch import load_file, save_file
 from test_experts import tiny_gpt_oss
 from test_to_sparse import every_layer_is_faster, half_zero, outputs  # noqa: F401 (a fixture)
 from torch import nn
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from hf_lpdecay import load_sparse, native, pack, to_sparse
 from hf_lpdecay.evaluation import lm_eval_scores
-from hf_lpdecay.inference import SparseLinear, kernels, to_dense
+from hf_lpdecay.inference import SparseLinear, kernels, names, to_dense
 from hf_lpdecay.inference.experts import SparseExperts
 
 
@@ -126,12 +127,44 @@ def test_experts_that_are_computed_otherwise_stay_dense(monkeypatch, caplog):
     assert "8 of 12 linear layers are sparse" in caplog.text and "4 of experts that are not computed" in caplog.text
 
 
-def test_other_names_in_the_files_are_said(tmp_path, caplog):
+def test_experts_one_by_one_in_the_files_are_joined(tmp_path, caplog, monkeypatch):
     model = half_zero(tiny_mixtral())
-    model.save_pretrained(tmp_path)
-    loaded = load_sparse(tmp_path)
-    assert "other names than MixtralForCausalLM's own, so the model is loaded dense first" in caplog.text
+    model.save_pretrained(tmp_path / "dense")
+    pack(tmp_path / "dense", tmp_path / "packed")
+    for folder in ("dense", "packed"):
+        loaded = load_sparse(tmp_path / folder)
+        assert sum(isinstance(module, SparseExperts) for module in loaded.modules()) == 4
+        assert same_bits(loaded.state_dict(), model.state_dict())
+        torch.testing.assert_close(outputs(loaded), outputs(model), rtol=1e-4, atol=1e-5)
+    half = load_sparse(tmp_path / "dense", dtype=torch.float16)
+    assert half.model.layers[0].mlp.experts.down_proj[0].values.dtype == torch.float16
+    assert "loaded dense first" not in caplog.text
+    monkeypatch.setattr(names, "_joins_experts", lambda converter: False)
+    loaded = load_sparse(tmp_path / "dense")
+    assert "are not MixtralForCausalLM's own one by one, so the model is loaded dense first" in caplog.text
     torch.testing.assert_close(outputs(loaded), outputs(model), rtol=1e-4, atol=1e-5)
+
+
+def test_a_matrix_that_does_not_fit_its_experts(tmp_path):
+    half_zero(tiny_mixtral()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"intermediate_size": 40}, "of its expert 0"),
+        ({"num_local_experts": 3}, "has the shape"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=message):
+            load_sparse(tmp_path)
+
+
+def test_a_checkpoint_of_the_base_model(tmp_path, caplog):
+    model = half_zero(tiny_gpt2())
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})  # as GPT-2 itself lies on the hub
+    loaded = load_sparse(tmp_path)
+    assert same_bits(loaded.state_dict(), model.state_dict()) and "loaded dense first" not in caplog.text
 
 
 PEAK = """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lpdecay.inference import SparseLinear, kernels
+from hf_lpdecay.inference import SparseLinear, encoding, kernels
 from hf_lpdecay.inference.encoding import decode_slowly, encode, pad_rows, to_columns
 from hf_lpdecay.inference.kernels import INSTRUCTION_SETS, PADDING, kernel_for
 
@@ -45,7 +45,7 @@ def test_every_instruction_set_is_the_plain_loop(instructions, dtype, columns):
         packed = encode(weight, columns)
         for act in DTYPES:
             bias = torch.randn(rows).to(act)
-            for n in sorted({1, 2, 3, min(21, fast.most_rows[columns, act])}):
+            for n in sorted({1, 2, 3, *(min(many, fast.most_rows[columns, act]) for many in (21, 37))}):
                 x = torch.randn(n, cols).to(act)
                 expected, actual = x.new_empty(n, rows), x.new_empty(n, rows)
                 for i in range(0, n, plain.most_rows[columns, act]):
@@ -116,6 +116,18 @@ def test_strided_activations_threads_copies_and_pickles():
         other.load_state_dict({"weight": torch.ones(96, 2048)}, strict=False)
     assert other.load_state_dict({}, strict=False).missing_keys == ["bias", "weight"]
     assert "sparsity=" in repr(layer) and len(layer.values) < 2048 * 96 * 0.52 + PADDING
+
+
+def test_large_weights_lie_in_memory_of_their_own(monkeypatch):
+    weight = with_zeros(40, 70)
+    small = encode(weight)
+    monkeypatch.setattr(encoding, "_LARGE", 1)
+    large = encode(weight)
+    assert all(torch.equal(a, b) for a, b in zip(small[:3], large[:3]))
+    assert all(torch.equal(a, b) for a, b in zip(to_columns(small)[:3], to_columns(large)[:3]))
+    layer = SparseLinear(large)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(torch.ones(2, 70)), layer(torch.ones(2, 70)))
 
 
 def test_compiled_exported_and_traced_by_the_operator():

@@ -34,6 +34,7 @@ from .encoding import decode, encode, encode_parts, join, pad_rows, rows_of_part
 from .experts import match_experts
 from .head import pack_head
 from .kernels import Weight, kernel_for
+from .names import CheckpointNames
 from .sparse_linear import DTYPES, SparseLinear
 from .speed import choose_encoding
 
@@ -69,8 +70,9 @@ def load_sparse(
     """Load a model as [`to_sparse`] makes it, from an archive of [`~hf_lpdecay.pack`] or from a folder.
 
     Its weights are read one after the other and are dense, if at all, one at a time: the peak of memory is the sparse
-    model's own and two of its largest tensors. Where the files call weights by other names than the model (those of
-    Mixtral's experts, one by one) it is loaded dense first, which is said.
+    model's own and two of its largest tensors. Experts that the files hold one by one are joined as they come. Where
+    Transformers makes a weight from the files' tensors in yet another way the model is loaded dense first, which is
+    said.
 
     Args:
         path (`str` or `os.PathLike`): An archive, a folder that holds one named `packed`, a folder that
@@ -108,13 +110,14 @@ def load_sparse(
     for name in [name for name in layers if keeps_float32(model, name)]:
         del layers[name]
     loader = _Loader(model, layers, match_experts(model, target_modules, exclude_modules), dtype)
+    names = CheckpointNames(model)
     for name, kind, shape, parts in tqdm(_read(folder, packed), desc="Loading", unit=" tensors", leave=False):
-        loader.take(name, kind, shape, parts)
+        loader.take(names.find(name), kind, shape, parts)
         if math.prod(shape) >= 1 << 18:
             _trim()
     model.tie_weights()
     if any(param.is_meta for param in model.parameters()):
-        # The files call the weights by other names (experts one by one, for example): Transformers can read that.
+        # Weights that are made from the files' in another way, or are not there: Transformers knows.
         return _load_dense_first(folder, packed, cls, dtype, target_modules, exclude_modules)
     if (folder / GENERATION_CONFIG_NAME).is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -154,32 +157,60 @@ class _Loader:
     def __init__(self, model: PreTrainedModel, layers: dict[str, nn.Module], experts: dict[str, int], dtype: Any):
         self.model, self.layers, self.experts, self.dtype = model, layers, experts, dtype
         self.tally = Tally()
+        self.joined: dict[str, tuple[Tensor, int]] = {}  # parameters of which some matrices, and how many entries lack
 
-    def take(self, name: str, kind: str, shape: list[int], parts: Iterator[_Parts]) -> None:
-        """Put a tensor where it belongs."""
-        owner_name, _, leaf = name.rpartition(".")
-        try:
-            owner = self.model.get_submodule(owner_name)
-        except AttributeError:
-            owner = None
+    def take(
+        self, found: tuple[str, tuple[int, int] | None] | None, kind: str, shape: list[int], parts: Iterator[_Parts]
+    ) -> None:
+        """Put a tensor where it belongs.
+
+        Args:
+            found (`tuple[str, tuple[int, int] | None]`, *optional*): Of [`CheckpointNames.find`].
+            kind, shape, parts: Of [`_read`].
+        """
         stored = _TORCH.get(kind)
-        if stored is None or owner is None or getattr(owner, leaf, None) is None:
+        if found is None or stored is None:
             for _ in parts:  # to its end, where the checksum is
                 pass
             return
-        if tuple(shape) != tuple(getattr(owner, leaf).shape):
-            raise ValueError(f"{name} has the shape {shape}, and the model expects {list(getattr(owner, leaf).shape)}")
+        name, place = found
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(owner_name)
         dtype = self.dtype if self.dtype is not None and stored.is_floating_point else stored
         if dtype == torch.float16 and keeps_float32(self.model, owner_name):
             dtype = torch.float32
+        expected = list(getattr(owner, leaf).shape)
+        if place is not None:
+            return self._take_matrix(name, place, expected, (stored, shape, parts, dtype))
+        if list(shape) != expected:
+            raise ValueError(f"{name} has the shape {shape}, and the model expects {expected}")
         if leaf == "weight" and owner_name in self.layers and dtype in DTYPES:
             self._take_layer(owner_name, owner, stored, dtype, shape, parts)
         elif leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(_whole(stored, shape, parts, dtype), requires_grad=False)
-            if name in self.experts and dtype in DTYPES:
-                take_experts(self.model, name, self.experts[name], None, self.tally)
+            self._take_parameter(name, _whole(stored, shape, parts, dtype))
         else:
             owner._buffers[leaf] = _whole(stored, shape, parts, dtype)
+
+    def _take_parameter(self, name: str, tensor: Tensor) -> None:
+        owner_name, _, leaf = name.rpartition(".")
+        self.model.get_submodule(owner_name)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        if name in self.experts and tensor.dtype in DTYPES:
+            take_experts(self.model, name, self.experts[name], None, self.tally)
+
+    def _take_matrix(self, name: str, place: tuple[int, int], expected: list[int], about: tuple) -> None:
+        """Put one expert's matrix, or a part of it, into the 3-D parameter, which is packed when it is complete."""
+        (expert, part), (stored, shape, parts, dtype) = place, about
+        if name not in self.joined:
+            self.joined[name] = torch.empty(expected, dtype=dtype), math.prod(expected)
+        whole, left = self.joined[name]
+        first = part * shape[0]
+        if expert >= len(whole) or whole[expert, first : first + shape[0]].shape != tuple(shape):
+            raise ValueError(f"{name} is {expected}, and the matrix of its expert {expert} has the shape {shape}")
+        whole[expert, first : first + shape[0]] = _whole(stored, shape, parts, dtype)
+        self.joined[name] = whole, left - math.prod(shape)
+        if left == math.prod(shape):
+            del self.joined[name]
+            self._take_parameter(name, whole)
 
     def _take_layer(self, name, module, stored, dtype, shape, parts) -> None:
         transposed = isinstance(module, Conv1D)
@@ -274,7 +305,7 @@ def _trim() -> None:
 
 def _load_dense_first(folder: Path, packed: bool, cls: type, dtype: Any, *modules: Modules) -> PreTrainedModel:
     logger.warning(
-        f"The weights in {folder} have other names than {cls.__name__}'s own, so the model is loaded dense first."
+        f"The weights in {folder} are not {cls.__name__}'s own one by one, so the model is loaded dense first."
     )
     with tempfile.TemporaryDirectory() as aside:
         source = folder
