@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         "sparse, ms",
         "against the faster",
         "memory of bf16",
-        "",
+        "kept as",
     )
     print(f"| {' | '.join(titles)} |\n{'| --- ' * len(titles)}|")
     results = []

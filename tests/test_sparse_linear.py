@@ -2,6 +2,7 @@
 
 import copy
 import math
+import mmap
 import pickle
 
 import pytest
@@ -118,16 +119,16 @@ def test_strided_activations_threads_copies_and_pickles():
     assert "sparsity=" in repr(layer) and len(layer.values) < 2048 * 96 * 0.52 + PADDING
 
 
-def test_large_weights_lie_in_memory_of_their_own(monkeypatch):
-    weight = with_zeros(40, 70)
-    small = encode(weight)
-    monkeypatch.setattr(encoding, "_LARGE", 1)
-    large = encode(weight)
-    assert all(torch.equal(a, b) for a, b in zip(small[:3], large[:3]))
-    assert all(torch.equal(a, b) for a, b in zip(to_columns(small)[:3], to_columns(large)[:3]))
-    layer = SparseLinear(large)
+def test_large_weights_lie_in_large_pages():
+    weight = with_zeros(1030, 2100)
+    layer = SparseLinear.from_dense(weight)
+    assert layer.values.nbytes > encoding._PAGE and torch.equal(layer.weight, weight)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert layer.values.data_ptr() % encoding._PAGE == 0
+    assert torch.equal(to_columns(layer.packed).positions, encode(weight, columns=True).positions)
+    x = torch.ones(2, 2100)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(other(torch.ones(2, 70)), layer(torch.ones(2, 70)))
+        assert torch.equal(other(x), layer(x)) and other.values.untyped_storage().nbytes() == layer.values.nbytes
 
 
 def test_compiled_exported_and_traced_by_the_operator():

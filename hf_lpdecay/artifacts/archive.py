@@ -13,7 +13,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -272,10 +272,14 @@ def in_order(pool: ThreadPoolExecutor, jobs: Iterable[tuple[Any, Callable, Any]]
     for label, function, *arguments in jobs:
         waiting.append((label, pool.submit(function, *arguments)))
         if len(waiting) > THREADS:
-            label, future = waiting.popleft()
-            yield label, future.result()
-    for label, future in waiting:
-        yield label, future.result()
+            yield _finished(waiting.popleft())
+    while waiting:
+        yield _finished(waiting.popleft())
+
+
+def _finished(job: tuple[Any, Future]) -> tuple[Any, Any]:
+    """A job's label and result, of which nothing else holds on to: it may be large."""
+    return job[0], job[1].result()
 
 
 def _digest(content: Any) -> str:

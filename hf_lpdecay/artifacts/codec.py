@@ -14,6 +14,7 @@ import numpy as np
 
 # Entries per piece: small enough for several at a time, large enough for the compressor.
 PIECE = 1 << 22
+_FILLED = 1 << 18
 _MASK_LEVEL, _PLANE_LEVEL = 3, 1
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -94,8 +95,24 @@ def decode(piece: Piece, count: int, size: int, is_float: bool) -> bytes:
     if _is_rare(piece.nonzeros, count):
         words[_places(piece.parts[0], piece.nonzeros, count)] = values
         return words.tobytes()
-    words[np.flatnonzero(_bits(_mask(piece, count), count))] = values
+    fill(words, _mask(piece, count), values)
     return words.tobytes()
+
+
+def fill(words: np.ndarray, mask: np.ndarray, values: np.ndarray) -> None:
+    """Put values in their places, some entries at a time: the numbers of the places take four times the values' memory.
+
+    Args:
+        words (`np.ndarray`): Zeros.
+        mask (`np.ndarray`): One bit for each of them, lowest first, as bytes.
+        values (`np.ndarray`): As many as bits are set.
+    """
+    taken = 0
+    for first in range(0, len(words), _FILLED):
+        part = words[first : first + _FILLED]
+        places = np.flatnonzero(_bits(mask[first // 8 : (first + _FILLED) // 8], len(part)))
+        part[places] = values[taken : taken + len(places)]
+        taken += len(places)
 
 
 def decode_packed(piece: Piece, count: int, size: int, is_float: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .archive import THREADS, copy_file, damage_told, decoding, in_order, read_manifest, regular
-from .codec import Piece, decode_packed
+from .codec import Piece, decode_packed, fill
 from .stored import ShardReader, StoredTensor, parse_header
 
 
@@ -60,6 +60,7 @@ def _read_parts(folder: Path, shards: dict[str, Path], tensor: StoredTensor, ent
         with ShardReader(paths) as reader, ThreadPoolExecutor(THREADS) as pool:
             for _, (data, mask, values) in in_order(pool, decoding(tensor, entry, reader, _decode_both)):
                 digest.update(data)
+                del data
                 yield mask, values
         if digest.hexdigest() != entry["sha256"]:
             raise ValueError(f"the checksum of {tensor.name} is wrong")
@@ -69,5 +70,5 @@ def _decode_both(piece: Piece, count: int, size: int, is_float: bool) -> tuple[n
     """The entries, which the checksum is of, and what is kept of them."""
     mask, values = decode_packed(piece, count, size, is_float)
     words = np.zeros(count, values.dtype)
-    words[np.flatnonzero(np.unpackbits(mask, count=count, bitorder="little").view(bool))] = values
+    fill(words, mask, values)
     return words, mask, values

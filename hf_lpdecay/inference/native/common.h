@@ -123,8 +123,8 @@ static void run(Call& call, int64_t threads, Parallel parallel) {
     int64_t rows = call.layer->rows, parts = rows * call.layer->cols >> 16;
     if (threads > parts) threads = parts;
     if (threads < 1 || !parallel) threads = 1;
-    // Chunks of whole tiles of 32 rows; many for each thread, since rows differ in length and threads in speed.
-    call.chunk = (rows / (threads * (threads > 1 ? 16 : 1)) + 31) / 32 * 32;
+    // Chunks of whole tiles of 32 rows; several for each thread, since rows differ in length and threads in speed.
+    call.chunk = (rows / (threads * (threads > 1 ? 8 : 1)) + 31) / 32 * 32;
     if (call.chunk < 32) call.chunk = 32;
     call.next = 0;
     if (threads == 1) take_chunks(&call);
