@@ -185,7 +185,7 @@ print((kib("VmHWM") - before) * 1024 - memory(model))
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="a peak that can be reset is Linux's")
 def test_peak_memory_of_loading(tmp_path):
-    for name, width in (("small", 64), ("large", 16384)):
+    for name, width in (("small", 64), ("large", 8192)):
         sizes = {"hidden_size": 1024, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 16}
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes))
@@ -199,7 +199,7 @@ def test_peak_memory_of_loading(tmp_path):
     for kind in ("dense", "packed"):
         command = [sys.executable, "-c", PEAK, tmp_path / "small" / kind, tmp_path / "large" / kind]
         above = int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
-        assert above < 2 * 2 * 1024 * 16384, kind
+        assert above < 2 * 2 * 1024 * 8192, kind  # two of the largest tensors
 
 
 def test_another_processors_kernel_is_not_loaded(monkeypatch, tmp_path):

@@ -157,6 +157,8 @@ class _Loader:
     def __init__(self, model: PreTrainedModel, layers: dict[str, nn.Module], experts: dict[str, int], dtype: Any):
         self.model, self.layers, self.experts, self.dtype = model, layers, experts, dtype
         self.tally = Tally()
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        self.shapes = {name: list(tensor.shape) for name, tensor in tensors}
         self.joined: dict[str, tuple[Tensor, int]] = {}  # parameters of which some matrices, and how many entries lack
 
     def take(
@@ -179,7 +181,7 @@ class _Loader:
         dtype = self.dtype if self.dtype is not None and stored.is_floating_point else stored
         if dtype == torch.float16 and keeps_float32(self.model, owner_name):
             dtype = torch.float32
-        expected = list(getattr(owner, leaf).shape)
+        expected = self.shapes[name]
         if place is not None:
             return self._take_matrix(name, place, expected, (stored, shape, parts, dtype))
         if list(shape) != expected:
@@ -200,12 +202,12 @@ class _Loader:
     def _take_matrix(self, name: str, place: tuple[int, int], expected: list[int], about: tuple) -> None:
         """Put one expert's matrix, or a part of it, into the 3-D parameter, which is packed when it is complete."""
         (expert, part), (stored, shape, parts, dtype) = place, about
+        first = part * shape[0]
+        if expert >= expected[0] or first + shape[0] > expected[1] or shape[1:] != expected[2:]:
+            raise ValueError(f"{name} is {expected}, and the matrix of its expert {expert} has the shape {shape}")
         if name not in self.joined:
             self.joined[name] = torch.empty(expected, dtype=dtype), math.prod(expected)
         whole, left = self.joined[name]
-        first = part * shape[0]
-        if expert >= len(whole) or whole[expert, first : first + shape[0]].shape != tuple(shape):
-            raise ValueError(f"{name} is {expected}, and the matrix of its expert {expert} has the shape {shape}")
         whole[expert, first : first + shape[0]] = _whole(stored, shape, parts, dtype)
         self.joined[name] = whole, left - math.prod(shape)
         if left == math.prod(shape):
