@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         (script, lp_config, args), given = parse_recipe(
             (PaperCompareArguments, LpDecayConfig, TrainingArguments),
             argv,
-            {"use_cpu": not torch.accelerator.is_available(), "target_sparsity": 0.9},  # some target; `targets` has them
+            {"use_cpu": not torch.accelerator.is_available(), "target_sparsity": 0.9},  # replaced below
             __doc__,
         )
         for name in ("target_sparsity", "lp_lambda"):
