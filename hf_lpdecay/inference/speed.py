@@ -28,6 +28,8 @@ _ROUNDS = 12
 _ROWS = (1, 8)
 # More than the caches of most processors hold for a few cores.
 _CACHE_BYTES = 64 << 20
+# Copies of a layer that take turns: of a tiny one not enough to fill the caches, which would take seconds.
+_MOST_COPIES = 100
 
 _Name = TypeVar("_Name", bound=Hashable)
 
@@ -82,8 +84,8 @@ def fastest(seconds: dict[bool | None, list[float]]) -> bool | None:
 def time_in_turn(calls: dict[_Name, tuple[nn.Module, Tensor]], rounds: int) -> dict[_Name, list[float]]:
     """Seconds of each layer in interleaved rounds, after one that does not count.
 
-    Of small layers copies take turns too, so that each weight is out of every cache when its turn comes, as in a whole
-    model, while the code is in them.
+    Of small layers copies take turns too (at most 100), so that each weight is out of every cache when its turn comes,
+    as in a whole model, while the code is in them.
 
     Args:
         calls (`dict[Any, tuple[nn.Module, torch.Tensor]]`): Layers and what each is given.
@@ -91,7 +93,7 @@ def time_in_turn(calls: dict[_Name, tuple[nn.Module, Tensor]], rounds: int) -> d
     """
     nbytes = sum(tensor.nbytes for layer, _ in calls.values() for tensor in (*layer.parameters(), *layer.buffers()))
     turns = [calls]
-    for _ in range(_CACHE_BYTES // max(1, nbytes)):
+    for _ in range(min(_MOST_COPIES, _CACHE_BYTES // max(1, nbytes))):
         turns.append({name: (_copy(layer), x) for name, (layer, x) in calls.items()})
     seconds: dict[_Name, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
