@@ -9,7 +9,7 @@ python recipes/benchmark_lora.py
 """
 
 import argparse
-import ctypes
+import contextlib
 import multiprocessing
 import resource
 import statistics
@@ -17,15 +17,15 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_optimizer import SHAPES
+from benchmark_optimizer import SHAPES, forget_peak, process_bytes
 from memory import COLUMNS, memory
 from peft import LoraConfig, get_peft_model
 
 from hf_lpdecay import LpAdamW, LpDecayConfig, mask_lora
+from hf_lpdecay.inference.loading import trim_memory
 from hf_lpdecay.sparsity import SparsityDriver, participants
 from hf_lpdecay.training.frozen import FrozenBase, find_frozen_base
 from hf_lpdecay.training.learning_rates import learning_rates_of
@@ -151,13 +151,14 @@ def steps_of(method: str, shape: str, rank: int, batch: tuple[int, int], steps: 
     for step in range(total):
         # When the Hessians are complete, and in the end.
         looks = step == total - 1 or (frozen is not None and step == BEFORE + RAMP - 2)
-        _forget_peak()
+        with contextlib.suppress(OSError):  # otherwise the peak is that of all steps
+            forget_peak()
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         if looks:
-            _give_back()
+            trim_memory()  # what glibc keeps of freed memory
             held = _megabytes("VmRSS") - empty
         optimizer.step()
         after_step(step)
@@ -170,26 +171,11 @@ def steps_of(method: str, shape: str, rank: int, batch: tuple[int, int], steps: 
 
 
 def _megabytes(name: str) -> float:
-    """What Linux says of this process's memory, now (VmRSS) or at its peak (VmHWM); elsewhere always the peak."""
+    """The process's memory as [`process_bytes`] names it; where Linux does not say always the peak."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e6
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def _give_back() -> None:
-    """Give freed memory back to the system, which glibc keeps for later."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _forget_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
+        return process_bytes(name) / 1e6
     except OSError:
-        pass  # then the peak is that of all steps
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 @torch.no_grad()

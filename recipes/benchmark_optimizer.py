@@ -184,15 +184,21 @@ def memory_of(function: Callable[[], Any]) -> int | None:
         function()
         return torch.cuda.max_memory_allocated() - before
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        before = _status("VmRSS")
+        forget_peak()
+        before = process_bytes("VmRSS")
         function()
-        return max(0, _status("VmHWM") - before)
+        return max(0, process_bytes("VmHWM") - before)
     except OSError:
         return None
 
 
-def _status(name: str) -> int:
+def forget_peak() -> None:
+    """Have Linux measure this process's peak memory from now on. Raises an `OSError` elsewhere."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def process_bytes(name: str) -> int:
+    """What Linux says of this process's memory, now (VmRSS) or at its peak (VmHWM). Raises an `OSError` elsewhere."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024

@@ -110,11 +110,10 @@ def load_sparse(
     for name in [name for name in layers if keeps_float32(model, name)]:
         del layers[name]
     loader = _Loader(model, layers, match_experts(model, target_modules, exclude_modules), dtype)
-    names = CheckpointNames(model)
     for name, kind, shape, parts in tqdm(_read(folder, packed), desc="Loading", unit=" tensors", leave=False):
-        loader.take(names.find(name), kind, shape, parts)
+        loader.take(name, kind, shape, parts)
         if math.prod(shape) >= 1 << 18:
-            _trim()
+            trim_memory()
     model.tie_weights()
     if any(param.is_meta for param in model.parameters()):
         # Weights that are made from the files' in another way, or are not there: Transformers knows.
@@ -157,20 +156,12 @@ class _Loader:
     def __init__(self, model: PreTrainedModel, layers: dict[str, nn.Module], experts: dict[str, int], dtype: Any):
         self.model, self.layers, self.experts, self.dtype = model, layers, experts, dtype
         self.tally = Tally()
-        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-        self.shapes = {name: list(tensor.shape) for name, tensor in tensors}
+        self.names = CheckpointNames(model)
         self.joined: dict[str, tuple[Tensor, int]] = {}  # parameters of which some matrices, and how many entries lack
 
-    def take(
-        self, found: tuple[str, tuple[int, int] | None] | None, kind: str, shape: list[int], parts: Iterator[_Parts]
-    ) -> None:
-        """Put a tensor where it belongs.
-
-        Args:
-            found (`tuple[str, tuple[int, int] | None]`, *optional*): Of [`CheckpointNames.find`].
-            kind, shape, parts: Of [`_read`].
-        """
-        stored = _TORCH.get(kind)
+    def take(self, name: str, kind: str, shape: list[int], parts: Iterator[_Parts]) -> None:
+        """Put a tensor where it belongs."""
+        found, stored = self.names.find(name), _TORCH.get(kind)
         if found is None or stored is None:
             for _ in parts:  # to its end, where the checksum is
                 pass
@@ -181,7 +172,7 @@ class _Loader:
         dtype = self.dtype if self.dtype is not None and stored.is_floating_point else stored
         if dtype == torch.float16 and keeps_float32(self.model, owner_name):
             dtype = torch.float32
-        expected = self.shapes[name]
+        expected = list(self.names.own[name].shape)
         if place is not None:
             return self._take_matrix(name, place, expected, (stored, shape, parts, dtype))
         if list(shape) != expected:
@@ -297,7 +288,7 @@ def _whole(stored: torch.dtype, shape: list[int], parts: Iterator[_Parts], dtype
     return out.view(shape)
 
 
-def _trim() -> None:
+def trim_memory() -> None:
     """Give memory that is free back to the system, which glibc does not do by itself for tensors below 32 MB."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

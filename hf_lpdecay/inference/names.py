@@ -16,15 +16,15 @@ class CheckpointNames:
     """Finds the place of each tensor of a checkpoint in a model.
 
     Args:
-        model (`PreTrainedModel`): On any device, `meta` included.
+        model (`PreTrainedModel`): On any device, `meta` included. Its parameters and buffers of now are `own`, by name.
     """
 
     def __init__(self, model: PreTrainedModel):
         transforms = get_model_conversion_mapping(model)
         self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        self._own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        self._own.update(model.named_buffers(remove_duplicate=False))
+        self.own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self.own.update(model.named_buffers(remove_duplicate=False))
         self._prefix = model.base_model_prefix
 
     def find(self, name: str) -> tuple[str, tuple[int, int] | None] | None:
@@ -38,10 +38,10 @@ class CheckpointNames:
             experts' 3-D parameter, the number of the expert and of the part (0 for gate, 1 for up). `None` if the model
             has no such tensor, or Transformers makes it in another way than by putting such parts beside each other.
         """
-        if name in self._own:
+        if name in self.own:
             return name, None
-        own, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self._own)
-        if own not in self._own:
+        own, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self.own)
+        if own not in self.own:
             return None
         if source is None:
             return own, None
