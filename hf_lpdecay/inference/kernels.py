@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import struct
+import sys
 import threading
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ logger = logging.get_logger(__name__)
 _FOLDER = Path(__file__).parent / "native"
 _SOURCES = tuple(
     _FOLDER / name
-    for name in ("sparse_linear.cpp", "common.h", "plain.h", "bits.h", "columns.h", "lanes.h", "avx512.h", "amx.h")
+    for name in ("sparse_linear.cpp", "common.h", "plain.h", "bits.h", "columns.h", "panels.h", "lanes.h", "avx512.h", "amx.h")
 )
 _TYPES = {torch.float32: ("float", 0), torch.bfloat16: ("bf16", 1), torch.float16: ("f16", 2)}
 _LAYER = struct.Struct("=7q")  # common.h's Layer
@@ -35,8 +36,6 @@ INSTRUCTION_SETS = {
 PADDING = 64
 # Of the weight that is decoded at a time when there are many rows; smaller parts made torch's product slower.
 _TILE_BYTES = 32 << 20
-# Up to so many rows of x the packed weight itself is multiplied, several times if need be.
-_FEW = 128
 
 
 class Weight(NamedTuple):
@@ -83,15 +82,13 @@ class Kernel:
         library.multiply.argtypes = [ctypes.c_char_p, pointer, pointer, number, number, number, number, pointer]
         library.decode.argtypes = [ctypes.c_char_p, pointer, number, number, pointer]
         library.multiply.restype = library.decode.restype = None
-        library.most_rows.argtypes, library.most_rows.restype = [number] * 3, number
+        library.most_rows.argtypes, library.most_rows.restype = [number] * 2, number
         library.allow_amx.restype, library.instruction_set.restype = number, ctypes.c_char_p
         self._multiply, self._decode = library.multiply, library.decode
         self.dtype, self.amx = dtype, library.allow_amx()
         self.instruction_set = library.instruction_set().decode()
         self.most_rows = {
-            (columns, act): library.most_rows(columns, code, self.amx)
-            for columns in (False, True)
-            for act, (_, code) in _TYPES.items()
+            act: library.most_rows(code, self.amx) or sys.maxsize for act, (_, code) in _TYPES.items()
         }
 
     def describe(self, weight: Weight, bias: Tensor | None, first: int = 0, last: int | None = None) -> bytes:
@@ -107,7 +104,8 @@ class Kernel:
 
         Args:
             layer (`bytes`): From [`Kernel.describe`]; its bias has the type of `x`.
-            x, y (`torch.Tensor`): Contiguous, of one of the three types, `rows` rows; as many as `most_rows` says.
+            x, y (`torch.Tensor`): Contiguous, of one of the three types, `rows` rows. From more than `most_rows` says
+                torch's product with the decoded weight is faster.
         """
         code = _TYPES[x.dtype][1]
         self._multiply(layer, x.data_ptr(), y.data_ptr(), rows, code, self.amx, torch.get_num_threads(), _parallel())
@@ -154,17 +152,12 @@ def linear(kernel: Kernel, weight: Weight, bias: Tensor | None, x: Tensor, layer
     """
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], weight.rows)
-    n, most = x.numel() // weight.cols, kernel.most_rows[weight.columns, x.dtype]
-    if n <= most:
+    n = x.numel() // weight.cols
+    if n <= kernel.most_rows[x.dtype]:
         if n:
             kernel.multiply(layer or kernel.describe(weight, bias), x, y, n)
         return y
     flat, out = x.view(n, weight.cols), y.view(n, weight.rows)
-    if n <= _FEW:
-        layer = layer or kernel.describe(weight, bias)
-        for part, result in zip(flat.split(most), out.split(most)):
-            kernel.multiply(layer, part, result, len(part))
-        return y
     # In the type of `x` where that is the faster one: without instructions for bfloat16 torch takes ten times as long.
     low = x.dtype != torch.float32 and x.dtype == kernel.dtype and is_fast(x.dtype)
     inside = x.dtype if low else torch.float32

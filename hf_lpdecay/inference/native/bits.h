@@ -6,20 +6,20 @@
 #pragma once
 #include "plain.h"
 
-// Of the weight, which stay in the cache for all rows of x.
-static const int64_t KEPT_ROWS = 24;
-// From so many rows of x on it pays to keep the weights in their places, instead of placing them anew for every few rows.
-static const int64_t MANY = 32;
+// Of the weight, whose values stay in the cache for all rows of x.
+static const int64_t TILE_ROWS = 24;
+// From so many rows of x on panels.h is the faster way.
+static const int64_t MANY = 16;
 // Bytes to prefetch: the processor's own prefetchers stop at the end of a page, which is soon reached.
 static const int64_t AHEAD = 1024;
 
 // Outputs of R rows of the weight, `apart` rows from each other, for N of the `group` rows of x which lie together: for
-// each `Ops::WIDTH` columns all of them. `kept`: the first row's weights in their places already, and then the others', or null.
-template <class Ops, int R, int N, bool KEPT>
-static inline void bits_block(const Call& call, int64_t row, int64_t apart, int64_t first, const int64_t group, const typename Ops::W* kept) {
+// each `Ops::WIDTH` columns all of them.
+template <class Ops, int R, int N>
+static inline void bits_block(const Call& call, int64_t row, int64_t apart, int64_t first, const int64_t group) {
     const Layer& layer = *call.layer;
     const typename Ops::X* x = (const typename Ops::X*)call.x + first / Ops::MOST * Ops::MOST * padded(layer.cols) + first % Ops::MOST * Ops::WIDTH;
-    const int64_t stride = mask_stride(layer), steps = padded(layer.cols) / Ops::WIDTH;
+    const int64_t stride = mask_stride(layer);
     const uint8_t* mask = layer.positions + row * stride;
     // What is prefetched: of neighbours the next R rows, into the second cache; of rows that are far apart what follows.
     const bool far = Ops::far(N);
@@ -35,7 +35,7 @@ static inline void bits_block(const Call& call, int64_t row, int64_t apart, int6
     for (int64_t word = 0; 64 * word < layer.cols; ++word) {
         uint64_t bits[R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R && !KEPT; ++r) {
+        for (int r = 0; r < R; ++r) {
             const uint8_t* from = mask + r * apart * stride;
             bits[r] = mask_word(from, word, layer.cols);
             if (word % 8 == 0) __builtin_prefetch(from + 8 * word + mask_ahead, 0, far ? 3 : 2);
@@ -46,7 +46,7 @@ static inline void bits_block(const Call& call, int64_t row, int64_t apart, int6
         for (int step = 0; step < 64 / Ops::WIDTH; ++step, x += group * Ops::WIDTH) {
             typename Ops::W w[R];
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) w[r] = KEPT ? kept[r * apart * steps + word * (64 / Ops::WIDTH) + step] : Ops::place(bits[r], step, value[r]);
+            for (int r = 0; r < R; ++r) w[r] = Ops::place(bits[r], step, value[r]);
 #pragma GCC unroll 8
             for (int i = 0; i < N; ++i)
 #pragma GCC unroll 8
@@ -62,56 +62,33 @@ static inline void bits_block(const Call& call, int64_t row, int64_t apart, int6
 
 // For n rows of x, which N comes down to. The R rows of the weight are neighbours, or so far apart that each is followed
 // by the one that is taken next: R long streams.
-template <class Ops, int N, bool KEPT> static void bits_rows(const Call& call, int64_t begin, int64_t end, int64_t first, int64_t n, const typename Ops::W* kept) {
+template <class Ops, int N> static void bits_rows(const Call& call, int64_t begin, int64_t end, int64_t first, int64_t n) {
     if constexpr (N > 1)
-        if (n < N) return bits_rows<Ops, N - 1, KEPT>(call, begin, end, first, n, kept);
+        if (n < N) return bits_rows<Ops, N - 1>(call, begin, end, first, n);
     const int R = Ops::rows(N);
-    const int64_t count = end - begin, steps = padded(call.layer->cols) / Ops::WIDTH;
+    const int64_t count = end - begin;
     if (count < R) {
         for (int64_t row = 0; row < count; ++row)
-            for (int i = 0; i < N; ++i) bits_block<Ops, 1, 1, KEPT>(call, begin + row, 0, first + i, N, kept + row * steps);
+            for (int i = 0; i < N; ++i) bits_block<Ops, 1, 1>(call, begin + row, 0, first + i, N);
         return;
     }
     const bool far = Ops::far(N);
     const int64_t apart = far ? count / R : 1, step = far ? 1 : R, last = count - 1 - (R - 1) * apart;
     for (int64_t next = 0; next < last + step; next += step) {  // in the end, some rows a second time
         const int64_t row = next < last ? next : last;
-        bits_block<Ops, R, N, KEPT>(call, begin + row, apart, first, N, kept + row * steps);
+        bits_block<Ops, R, N>(call, begin + row, apart, first, N);
     }
 }
 
 // Rows of x from `first` on that lie together.
 template <class Ops> static inline int64_t group_of(int64_t n, int64_t first) { return n - first < Ops::MOST ? n - first : Ops::MOST; }
 
-// Many rows of x, that is MANY: the weights of a few rows are put in their places once for all of them.
-template <class Ops> static void bits_kept(Call& call, int64_t begin, int64_t end) {
-    const Layer& layer = *call.layer;
-    const int64_t steps = padded(layer.cols) / Ops::WIDTH, in_word = 64 / Ops::WIDTH;
-    typename Ops::W* kept = scratch<typename Ops::W>(KEPT_ROWS * steps);
-    for (int64_t last; begin < end; begin = last) {
-        last = begin + KEPT_ROWS < end ? begin + KEPT_ROWS : end;
-        for (int64_t row = begin; row < last; ++row) {
-            const VALUE* value = layer.values + layer.starts[row];
-            for (int64_t word = 0; word < steps / in_word; ++word) {
-                const uint64_t bits = mask_word(layer.positions + row * mask_stride(layer), word, layer.cols);
-                typename Ops::W* to = kept + (row - begin) * steps + word * in_word;
-                __builtin_prefetch((const char*)value + AHEAD);
-#pragma GCC unroll 8
-                for (int step = 0; step < in_word; ++step) to[step] = Ops::place(bits, step, value);
-            }
-        }
-        for (int64_t first = 0; first < call.n; first += Ops::MOST)
-            bits_rows<Ops, Ops::MOST, true>(call, begin, last, first, group_of<Ops>(call.n, first), kept);
-    }
-}
-
 template <class Ops> static void bits(Call& call, int64_t begin, int64_t end) {
-    if (call.n >= MANY) return bits_kept<Ops>(call, begin, end);
     // A few rows of the weight at a time, whose values stay in the cache for all rows of x.
-    const int64_t tile = call.n > Ops::MOST ? KEPT_ROWS : end - begin;
+    const int64_t tile = call.n > Ops::MOST ? TILE_ROWS : end - begin;
     for (; begin < end; begin += tile)
         for (int64_t first = 0; first < call.n; first += Ops::MOST)
-            bits_rows<Ops, Ops::MOST, false>(call, begin, begin + tile < end ? begin + tile : end, first, group_of<Ops>(call.n, first), nullptr);
+            bits_rows<Ops, Ops::MOST>(call, begin, begin + tile < end ? begin + tile : end, first, group_of<Ops>(call.n, first));
 }
 
 // x in the order in which `bits` reads it.

@@ -57,7 +57,8 @@ struct Call {
     int64_t n;
     int64_t type;   // of y and bias
     void (*work)(Call&, int64_t, int64_t);
-    int64_t chunk;
+    int64_t count, chunk;  // what the threads share, and what one takes at a time: rows of the weight, or panels.h's tasks
+    int64_t across, threads;  // panels.h: rows of x of a task
     std::atomic<int64_t> next;
 };
 
@@ -91,8 +92,10 @@ static inline int64_t padded(int64_t cols) { return (cols + 63) / 64 * 64; }
 // The processor's own prefetchers stop at the end of a page, which is soon reached.
 static inline void ahead(const void* from) { __builtin_prefetch((const char*)from + 4096); }
 
-// Where x lies while a thread's call is at work.
-template <class T> static T* scratch(int64_t count) {
+struct ForX {};
+
+// Where something lies while a thread's call is at work.
+template <class T, class Use = ForX> static T* scratch(int64_t count) {
     static thread_local std::vector<char> buffer;
     if (int64_t(buffer.size()) < count * int64_t(sizeof(T)) + 64) buffer.resize(count * sizeof(T) + 64);
     return (T*)((uintptr_t(buffer.data()) + 63) / 64 * 64);
@@ -113,20 +116,27 @@ typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 static void take_chunks(void* data) {
     Call& call = *(Call*)data;
     for (;;) {
-        int64_t begin = call.next.fetch_add(call.chunk), rows = call.layer->rows;
-        if (begin >= rows) return;
-        call.work(call, begin, begin + call.chunk < rows ? begin + call.chunk : rows);
+        int64_t begin = call.next.fetch_add(call.chunk);
+        if (begin >= call.count) return;
+        call.work(call, begin, begin + call.chunk < call.count ? begin + call.chunk : call.count);
     }
+}
+
+static void start(Call& call, int64_t threads, Parallel parallel) {
+    if (threads > call.count) threads = call.count;
+    call.threads = threads;
+    call.next = 0;
+    if (threads <= 1 || !parallel) take_chunks(&call);
+    else parallel(take_chunks, &call, unsigned(threads), 0);
 }
 
 static void run(Call& call, int64_t threads, Parallel parallel) {
     int64_t rows = call.layer->rows, parts = rows * call.layer->cols >> 16;
     if (threads > parts) threads = parts;
-    if (threads < 1 || !parallel) threads = 1;
+    if (threads < 1) threads = 1;
     // Chunks of whole tiles of 32 rows; several for each thread, since rows differ in length and threads in speed.
     call.chunk = (rows / (threads * (threads > 1 ? 8 : 1)) + 31) / 32 * 32;
     if (call.chunk < 32) call.chunk = 32;
-    call.next = 0;
-    if (threads == 1) take_chunks(&call);
-    else parallel(take_chunks, &call, unsigned(threads), 0);
+    call.count = rows;
+    start(call, threads, parallel);
 }

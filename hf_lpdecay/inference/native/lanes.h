@@ -1,7 +1,7 @@
 // Eight weights at a time: AVX2 and NEON behind the same few functions. A table of 256 byte shuffles puts up to eight
 // packed values in their places (an index with the highest bit set gives zero).
 #pragma once
-#include "bits.h"
+#include "panels.h"
 
 #if defined(ISA_AVX2)
 #include <immintrin.h>
@@ -217,9 +217,21 @@ struct Lanes {
         return w;
     }
     static Sum zero() { return ::zero(); }
-    static Sum fma(W w, const X* x, Sum total) { return ::fma(w, load(x), total); }
+    static Sum fma(W w, const X* x, Sum total) { return ::fma(w, ::load(x), total); }
     static void sums(const Sum* total, int count, float* out) { ::sums(total, count, out); }
-    static Sum scaled(float w, const float* x, Sum total) { return ::fma(broadcast(w), load(x), total); }
+    static Sum scaled(float w, const float* x, Sum total) { return ::fma(::broadcast(w), ::load(x), total); }
+    static const int64_t UNIT = 1;
+    static const int PANEL = 2, ACROSS = 6;
+    static Sum load(const float* from) { return ::load(from); }
+    static Sum broadcast(const X* x) { return ::broadcast(*x); }
+    static Sum dot(Sum w, Sum x, Sum total) { return ::fma(w, x, total); }
+    static void store_sum(Sum sum, float* out) { ::store(out, sum); }
+    static void transposed(const W* rows, float* to, int64_t apart) {
+        float from[LANES][LANES];
+        for (int i = 0; i < LANES; ++i) ::store(from[i], rows[i]);
+        for (int lane = 0; lane < LANES; ++lane)
+            for (int i = 0; i < LANES; ++i) to[lane * apart + i] = from[i][lane];
+    }
     static void all(float* out, const Sum* total) { ::store(out, add(add(total[0], total[1]), add(total[2], total[3]))); }
     template <class Out> static void store(W w, Out* out) { store_as(out, w); }
 };

@@ -41,74 +41,103 @@ static const float* floats(const void* x, int64_t type, int64_t n, int64_t cols,
     return out;
 }
 
-#if !defined(ISA_PLAIN) && (defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON))
-template <class Ops> static void multiply_bits(Call& call, const void* x, int64_t type, int64_t cols) {
-    call.x = of_type(x, type, [&](auto* from) { return packed<Ops>(from, call.n, cols); });
+#if defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON)
+// x for `panels`.
+template <class Ops> static const void* rows_of(const void* x, int64_t type, Call& call) {
+    typedef typename Ops::X X;
+    const int64_t cols = call.layer->cols;
+    call.stride = part_of(cols, Ops::UNIT) * Ops::UNIT;
+    if (std::is_same<X, float>::value) return floats(x, type, call.n, cols, 0);
+    if (call.stride == cols) return x;
+    X* out = scratch<X>(call.n * call.stride);
+    for (int64_t i = 0; i < call.n; ++i) {
+        memcpy((void*)(out + i * call.stride), (const X*)x + i * cols, cols * sizeof(X));
+        memset((void*)(out + i * call.stride + cols), 0, (call.stride - cols) * sizeof(X));
+    }
+    return out;
+}
+
+template <class Ops> static void multiply_columns(Call& call, const void* x, int64_t type, int64_t threads, Parallel parallel) {
+    const Layer& layer = *call.layer;
+    const int64_t n = call.n, size = type == F32 ? 4 : 2;
+    char* y = (char*)call.y;
+    for (int64_t first = 0; first < n; first += Ops::LANES) {
+        call.n = n - first < Ops::LANES ? n - first : Ops::LANES;
+        call.y = y + first * layer.rows * size;
+        call.x = floats((const char*)x + first * layer.cols * size, type, call.n, layer.cols, call.n == 1 ? 0 : Ops::LANES);
+        call.work = call.n == 1 ? columns_1 : columns_many<Ops>;
+        run(call, threads, parallel);
+    }
+}
+
+template <class Ops> static void multiply_bits(Call& call, const void* x, int64_t type, int64_t threads, Parallel parallel) {
+    call.x = of_type(x, type, [&](auto* from) { return packed<Ops>(from, call.n, call.layer->cols); });
     call.work = bits<Ops>;
+    run(call, threads, parallel);
+}
+
+template <class Ops> static void multiply_with(Call& call, const void* x, int64_t type, int64_t threads, Parallel parallel) {
+    const Layer& layer = *call.layer;
+    const bool few_values = (layer.starts[layer.rows] - layer.starts[0]) * FEW_VALUES < layer.rows * layer.cols;
+    if (layer.columns ? call.n > MANY_FOR_COLUMNS && !few_values : call.n >= MANY) {
+        call.x = rows_of<Ops>(x, type, call);
+        return run_panels<Ops>(call, threads, parallel);
+    }
+    if (layer.columns) return multiply_columns<Ops>(call, x, type, threads, parallel);
+    multiply_bits<Ops>(call, x, type, threads, parallel);
 }
 #endif
 
-// Up to how many rows of x `multiply` takes at once.
-extern "C" int64_t most_rows(int64_t columns, int64_t type, int64_t amx) {
+#ifdef HAS_AMX
+static void multiply_amx(Call& call, const bf16* x, int64_t threads, Parallel parallel) {
+    const int64_t blocks = (call.n + 15) / 16, steps = call.stride / 32, cols = call.layer->cols;
+    bf16* out = scratch<bf16>(blocks * steps * 512);
+    memset((void*)out, 0, blocks * steps * 1024);
+    for (int64_t i = 0; i < call.n; ++i, x += cols) {
+        bf16* to = out + i / 16 * steps * 512 + i % 16 * 2;
+        for (int64_t k = 0; k + 1 < cols; k += 2) memcpy((void*)(to + k * 16), x + k, 4);
+        if (cols % 2) to[(cols - 1) * 16] = x[cols - 1];
+    }
+    call.x = out, call.work = amx_bits;
+    run(call, threads, parallel);
+}
+#endif
+
+// Up to how many rows of x `multiply` is the faster way; 0: always. More rows are better decoded for torch's product.
+extern "C" int64_t most_rows(int64_t type, int64_t amx) {
 #if defined(ISA_AVX512)
 #ifdef HAS_AMX
-    if (!columns && amx && type == BF16 && VALUE_IS == BF16) return AMX_ROWS;
+    if (amx && type == BF16) return AMX_ROWS;
 #endif
-    return columns ? 16 : 128;
+    return 0;
 #elif defined(ISA_AVX2) || defined(ISA_NEON)
-    return columns ? 8 : 128;
+    return 0;
 #else
     return 128;
 #endif
 }
 
-// x: (n, cols), y: (n, rows), both of `type` and contiguous; n from 1 to most_rows.
+// x: (n, cols), y: (n, rows), both of `type` and contiguous; n from 1 on.
 extern "C" void multiply(const Layer* layer, const void* x, void* y, int64_t n, int64_t type, int64_t amx, int64_t threads, Parallel parallel) {
     Call call;
     call.layer = layer, call.y = y, call.n = n, call.type = type, call.stride = padded(layer->cols);
 #if defined(ISA_AVX512)
-    if (layer->columns) {
-        call.x = floats(x, type, n, layer->cols, n == 1 ? 0 : Floats::LANES);
-        call.work = n == 1 ? columns_1 : columns_many<Floats>;
-        return run(call, threads, parallel);
-    }
-#if VALUE_IS == 1 && defined(__AVX512BF16__)
-    if (type == BF16) {
 #ifdef HAS_AMX
-        if (amx && n > 2) {
-            const int64_t blocks = (n + 15) / 16, steps = call.stride / 32;
-            bf16* out = scratch<bf16>(blocks * steps * 512);
-            memset((void*)out, 0, blocks * steps * 1024);
-            for (int64_t i = 0; i < n; ++i) {
-                const bf16* from = (const bf16*)x + i * layer->cols;
-                bf16* to = out + i / 16 * steps * 512 + i % 16 * 2;
-                for (int64_t k = 0; k + 1 < layer->cols; k += 2) memcpy((void*)(to + k * 16), from + k, 4);
-                if (layer->cols % 2) to[(layer->cols - 1) * 16] = from[layer->cols - 1];
-            }
-            call.x = out, call.work = amx_bits;
-            return run(call, threads, parallel);
-        }
+    if (amx && type == BF16 && !layer->columns && n > 2 && n <= AMX_ROWS) return multiply_amx(call, (const bf16*)x, threads, parallel);
 #endif
-        call.x = packed<Dots>((const bf16*)x, n, layer->cols), call.work = bits<Dots>;
-        return run(call, threads, parallel);
-    }
+#if VALUE_IS == 1 && defined(__AVX512BF16__)
+    if (type == BF16) return multiply_with<Dots>(call, x, type, threads, parallel);
 #endif
-    multiply_bits<Floats>(call, x, type, layer->cols);
+    multiply_with<Floats>(call, x, type, threads, parallel);
 #elif defined(ISA_AVX2) || defined(ISA_NEON)
-    if (layer->columns) {
-        call.x = floats(x, type, n, layer->cols, n == 1 ? 0 : Lanes::LANES);
-        call.work = n == 1 ? columns_1 : columns_many<Lanes>;
-    } else {
 #if defined(ISA_AVX2) && VALUE_IS != 0
-        if (n == 1) multiply_bits<Halves>(call, x, type, layer->cols);
-        else
+    if (n == 1 && !layer->columns) return multiply_bits<Halves>(call, x, type, threads, parallel);
 #endif
-            multiply_bits<Lanes>(call, x, type, layer->cols);
-    }
+    multiply_with<Lanes>(call, x, type, threads, parallel);
 #else
     call.x = floats(x, type, n, layer->cols, 0), call.work = plain_rows;
-#endif
     run(call, threads, parallel);
+#endif
 }
 
 // y: (rows, cols), dense, float or of the values' type.
