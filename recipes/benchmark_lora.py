@@ -25,7 +25,7 @@ from memory import COLUMNS, memory
 from peft import LoraConfig, get_peft_model
 
 from hf_lpdecay import LpAdamW, LpDecayConfig, mask_lora
-from hf_lpdecay.inference.loading import trim_memory
+from hf_lpdecay.inference.malloc import trim_memory
 from hf_lpdecay.sparsity import SparsityDriver, participants
 from hf_lpdecay.training.frozen import FrozenBase, find_frozen_base
 from hf_lpdecay.training.learning_rates import learning_rates_of

@@ -20,10 +20,7 @@ from ..native import load_library
 logger = logging.get_logger(__name__)
 
 _FOLDER = Path(__file__).parent / "native"
-_SOURCES = tuple(
-    _FOLDER / name
-    for name in ("sparse_linear.cpp", "common.h", "plain.h", "bits.h", "columns.h", "panels.h", "lanes.h", "avx512.h", "amx.h")
-)
+_SOURCES = (_FOLDER / "sparse_linear.cpp", *sorted(_FOLDER.glob("*.h")))
 _TYPES = {torch.float32: ("float", 0), torch.bfloat16: ("bf16", 1), torch.float16: ("f16", 2)}
 _LAYER = struct.Struct("=7q")  # common.h's Layer
 # Instruction sets that can be asked for, and what the compiler is told. "native": the best that this processor has.
@@ -87,9 +84,7 @@ class Kernel:
         self._multiply, self._decode = library.multiply, library.decode
         self.dtype, self.amx = dtype, library.allow_amx()
         self.instruction_set = library.instruction_set().decode()
-        self.most_rows = {
-            act: library.most_rows(code, self.amx) or sys.maxsize for act, (_, code) in _TYPES.items()
-        }
+        self.most_rows = {act: library.most_rows(code, self.amx) or sys.maxsize for act, (_, code) in _TYPES.items()}
 
     def describe(self, weight: Weight, bias: Tensor | None, first: int = 0, last: int | None = None) -> bytes:
         """What the kernel takes: addresses and sizes of some rows. The tensors must outlive it."""
@@ -104,7 +99,7 @@ class Kernel:
 
         Args:
             layer (`bytes`): From [`Kernel.describe`]; its bias has the type of `x`.
-            x, y (`torch.Tensor`): Contiguous, of one of the three types, `rows` rows. From more than `most_rows` says
+            x, y (`torch.Tensor`): Contiguous, of one of the three types, `rows` rows. For more than `most_rows` says
                 torch's product with the decoded weight is faster.
         """
         code = _TYPES[x.dtype][1]
@@ -137,8 +132,8 @@ def kernel_for(dtype: torch.dtype, instructions: str | None = None) -> Kernel | 
 def linear(kernel: Kernel, weight: Weight, bias: Tensor | None, x: Tensor, layer: bytes | None = None) -> Tensor:
     """`x W^T + bias` on a CPU.
 
-    Few rows of `x` are multiplied by the packed weight itself. For many rows the weight is decoded, 32 MB at a
-    time, for torch's dense product.
+    The packed weight itself is multiplied, which puts its values in their places in the caches. Where the kernel says
+    that torch's dense product is faster, for many rows with AMX, the weight is decoded for it, 32 MB at a time.
 
     Args:
         kernel (`Kernel`): For the values' type.

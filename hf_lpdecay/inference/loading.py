@@ -1,10 +1,8 @@
 """`load_sparse`: from the disk or the hub to a sparse model, without its weights ever being dense."""
 
-import ctypes
 import itertools
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +32,7 @@ from .encoding import decode, encode, encode_parts, join, pad_rows, rows_of_part
 from .experts import match_experts
 from .head import pack_head
 from .kernels import Weight, kernel_for
+from .malloc import freed_memory_returned
 from .names import CheckpointNames
 from .sparse_linear import DTYPES, SparseLinear
 from .speed import choose_encoding
@@ -58,6 +57,7 @@ _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _Parts = tuple[Tensor | None, Tensor]
 
 
+@freed_memory_returned()
 @torch.no_grad()
 def load_sparse(
     path: str | os.PathLike,
@@ -112,8 +112,6 @@ def load_sparse(
     loader = _Loader(model, layers, match_experts(model, target_modules, exclude_modules), dtype)
     for name, kind, shape, parts in tqdm(_read(folder, packed), desc="Loading", unit=" tensors", leave=False):
         loader.take(name, kind, shape, parts)
-        if math.prod(shape) >= 1 << 18:
-            trim_memory()
     model.tie_weights()
     if any(param.is_meta for param in model.parameters()):
         # Weights that are made from the files' in another way, or are not there: Transformers knows.
@@ -286,14 +284,6 @@ def _whole(stored: torch.dtype, shape: list[int], parts: Iterator[_Parts], dtype
         out[start : start + part.numel()] = part.flatten()
         start += part.numel()
     return out.view(shape)
-
-
-def trim_memory() -> None:
-    """Give memory that is free back to the system, which glibc does not do by itself for tensors below 32 MB."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _load_dense_first(folder: Path, packed: bool, cls: type, dtype: Any, *modules: Modules) -> PreTrainedModel:
