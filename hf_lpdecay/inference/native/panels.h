@@ -14,6 +14,8 @@ static const int64_t MOST_ACROSS = 512, LEAST_ACROSS = 64;
 // always where fewer than one in FEW_VALUES weights is not zero.
 static const int64_t MANY_FOR_COLUMNS = 64, FEW_VALUES = 8;
 
+// Bytes to prefetch of a row while the others of its panel are in work.
+static const int64_t NEAR = 256;
 // Columns of the weight that are put in their places at a time: what the caches nearest to a core hold.
 static const int64_t PANEL_COLS = 512;
 
@@ -64,7 +66,12 @@ template <class Ops> struct Panel {
                 uint64_t bits = 0;
                 if (first + r < count) {
                     bits = mask_word(mask + r * stride, begin / 64, layer.cols);
-                    if (begin % 512 == 0) __builtin_prefetch(mask + r * stride + begin / 8 + mask_ahead, 0, 2);
+                    // What comes next, from the second cache or the third, and what the next panel needs, into these.
+                    __builtin_prefetch((const char*)from + NEAR);
+                    if (begin % 512 == 0) {
+                        __builtin_prefetch(mask + r * stride + begin / 8 + 64);
+                        __builtin_prefetch(mask + r * stride + begin / 8 + mask_ahead, 0, 2);
+                    }
                     for (int64_t line = 0; line < lines; ++line) __builtin_prefetch((const char*)(from + ahead[first + r]) + 64 * line, 0, 2);
                 }
 #pragma GCC unroll 8
