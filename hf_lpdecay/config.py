@@ -50,13 +50,15 @@ class LpDecayConfig:
         require_shrinkable (`bool`, *optional*, defaults to `True`): Refuse `"neurons"` and `"heads"` before the first
             step where [`shrink`] could not cut them out. `False` trains zeros in this pattern for their own sake.
         scope (`str`, *optional*): `"layer"` makes every tensor equally sparse, `"global"` ranks all weights together.
-            Only matters with a target. Defaults to `"global"`, and to `"layer"` with n:m, neurons and heads, and
-            for the frozen base of a PEFT model.
+            Only matters with a target. Defaults to `"global"`, and to `"layer"` with n:m, neurons and heads, and for
+            the frozen base of a PEFT model with another importance than `"fisher"`.
         importance (`str`, *optional*): The score by which weights are pruned. `"magnitude"` is ``|w|``; `"adam"` is
             ``|w|`` times the root of AdamW's second moment, factored over rows and columns; `"activation"` is ``|w|``
-            times the root mean square of its input feature in the batches before the ramp (as in Wanda). Defaults to
-            `"adam"` with a target, to `"activation"` with n:m and for the frozen base of a PEFT model, and to
-            `"magnitude"` (the paper's, and the only choice) without a target.
+            times the root mean square of its input feature in the batches before the ramp (as in Wanda); `"fisher"` is
+            that times the root mean square of the loss's gradient at its output feature (the diagonal of K-FAC's
+            factors), for weights without a gradient or a second moment. Defaults to `"adam"` with a target, to
+            `"activation"` with n:m, to `"fisher"` for the frozen base of a PEFT model and for optimizers without a
+            second moment, and to `"magnitude"` (the paper's, and the only choice) without a target.
         trim (`bool`, *optional*): Decay only the weights that the schedule prunes by the next plan, so that the
             remaining weights do not shrink. Defaults to `True` with a target; impossible without.
         hard_cut (`bool`, *optional*, defaults to `False`): Set the weights of each plan to zero at once instead of
@@ -76,10 +78,10 @@ class LpDecayConfig:
         hessians_on_cpu (`bool`, *optional*, defaults to `False`): Hold the Hessians of `compensate` in CPU memory. In
             each of the 5 steps before a plan a GPU then sends as much as they are large.
         calibration_batches (`int`, *optional*): Calibration batches, passed through the model before
-            the first step: their gradients serve the `"adam"` importance, their features the `"activation"` importance
-            and `compensate`. The ramp can then begin with the training. Otherwise it begins after the learning rate's
-            warm-up, and not before step 5 where the importance needs some batches. Defaults to 64 with n:m and
-            `importance="activation"`, else to 0.
+            the first step: their gradients serve the `"adam"` and `"fisher"` importance, their features the
+            `"activation"` and `"fisher"` importance and `compensate`. The ramp can then begin with the training.
+            Otherwise it begins after the learning rate's warm-up, and not before step 5 where the importance needs some
+            batches. Defaults to 64 with n:m and `importance="activation"`, else to 0.
         ramp_start (`float`, *optional*, defaults to `0.0`): Where the ramp starts, as a fraction of all steps. Only
             matters with a target or a schedule.
         ramp_end (`float`, *optional*): Where the ramp ends, as a fraction of all steps. Defaults to `0.7`; with n:m to
@@ -130,7 +132,7 @@ class LpDecayConfig:
     scope: Literal["layer", "global"] | None = field(
         default=None, metadata={"help": "Whether each tensor ('layer') or all together ('global') meet the target."}
     )
-    importance: Literal["adam", "activation", "magnitude"] | None = field(
+    importance: Literal["adam", "activation", "fisher", "magnitude"] | None = field(
         default=None,
         metadata={"help": "Score by which weights are pruned. Defaults to 'adam' with a target, else 'magnitude'."},
     )
@@ -170,7 +172,7 @@ class LpDecayConfig:
         self._check_target_or_lambda()
         for name, choices in (
             ("scope", ("layer", "global", None)),
-            ("importance", ("adam", "activation", "magnitude", None)),
+            ("importance", ("adam", "activation", "fisher", "magnitude", None)),
             ("lp_lambda_schedule", ("constant", "linear", "cubic")),
         ):
             if getattr(self, name) not in choices:
@@ -299,7 +301,7 @@ class LpDecayConfig:
         if self.calibration_batches and self.importance == "magnitude" and self.compensate is False:
             raise ValueError(
                 f"calibration_batches={self.calibration_batches} is used by importance='adam',"
-                " importance='activation' and compensate: leave it out with importance='magnitude' and"
+                " 'activation' or 'fisher' and compensate: leave it out with importance='magnitude' and"
                 " compensate=False."
             )
         if self.hessians_on_cpu and self.compensate is False:

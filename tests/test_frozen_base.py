@@ -247,7 +247,7 @@ def test_what_cannot_be_made_sparse_is_refused_before_training(tmp_path):
             trainer_for(tmp_path, LpDecayConfig(**{**HALF, **(config or {})}), model=model or frozen_llama(), **options)
 
     trainer = trainer_for(tmp_path, LpDecayConfig(target_sparsity=0.5), model=frozen_llama())
-    assert (trainer.lp_config.importance, trainer.lp_config.scope) == ("activation", "layer")
+    assert (trainer.lp_config.importance, trainer.lp_config.scope) == ("fisher", "global")
     refused("importance='adam' needs the second moment", {"importance": "adam"})
     refused("pattern='neurons' takes units", {"pattern": "neurons"})
     refused("s_rate=0.5 would keep a number", {"s_rate": 0.5})

@@ -18,7 +18,7 @@ def test_an_optimizer_of_the_arguments_trains_to_the_exact_target_and_resumes(tm
         pytest.importorskip("bitsandbytes")
     options = {"optim": optim, "learning_rate": 1e-2, "max_steps": 24, "save_strategy": "steps", "save_steps": 8}
     trainer = trainer_for(tmp_path / "whole", config(), **options)
-    assert trainer.lp_config.importance == ("activation" if optim == "sgd" else "adam")
+    assert trainer.lp_config.importance == ("fisher" if optim == "sgd" else "adam")
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, LpDecay)
     zeros = sum(int((param == 0).sum()) for name, param in weights(trainer.model).items() if "_proj" in name)

@@ -125,7 +125,9 @@ def no_shared_memory() -> None:
 
 def resume_everywhere(folder: str, kind: str, steps: list[int], **options) -> None:
     """Train with a checkpoint at every step, go on from some of them, and check that each ends in the same bits."""
-    config = LpDecayConfig(target_sparsity=0.5, scope="layer", num_plans=2, importance="activation")
+    config = LpDecayConfig(
+        target_sparsity=0.5, scope="layer", num_plans=2, importance="fisher" if kind == "frozen" else "activation"
+    )
     options |= {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
 
     def end(name: str, resume: str | None) -> dict[str, torch.Tensor]:

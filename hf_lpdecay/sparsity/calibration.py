@@ -28,12 +28,12 @@ def calibrate(
 
     Args:
         model (`nn.Module`): Returns a loss for a batch.
-        params (`list[torch.Tensor]`): The selected weights.
+        params (`list[torch.Tensor]`): The weights whose gradients serve the importance.
         optimizer (`torch.optim.Optimizer`): Steps them.
         batches (`Iterable[dict]`): With labels, on the model's device.
         count (`int`): How many of them to take.
-        gradients (`bool`, *optional*, defaults to `True`): Whether the importance needs gradients; without, only the
-            forward pass is made.
+        gradients (`bool`, *optional*, defaults to `True`): Whether the importance needs gradients, of these weights or
+            in the hooks; without, only the forward pass is made.
         show_progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Raises:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..optim.functional import structured_size
 from ..optim.pieces import local
 from .compensation import Compensation
-from .importance import importance_from_activations, importance_from_adam, importance_from_calibration
+from .importance import FROM_HOOKS, importance_from_activations, importance_from_adam, importance_from_calibration
 from .patterns import parse_pattern
 from .quantiles import histogram, kth_smallest, lower_edges
 from .schedule import MIN_IMPORTANCE_STEPS, Ramp, decayed, norm, strength, trim_threshold
@@ -138,10 +138,10 @@ class SparsityController:
         self._set_collecting(step)
         if not any(is_sharded(param) for param in self.params.values()):
             return
-        if self.config.importance == "activation" and step > self.ramp.start:
+        if self.config.importance in FROM_HOOKS and step > self.ramp.start:
             raise ValueError(
-                f"importance='activation' was collected before step {self.ramp.start}, and a checkpoint of sharded"
-                " parameters does not hold it: start a new run, or train with importance='adam' or with DDP."
+                f"importance={self.config.importance!r} was collected before step {self.ramp.start}, and a checkpoint"
+                " of sharded parameters does not hold it: start a new run, or train with importance='adam' or with DDP."
             )
         for param in self.params.values():
             state = self.optimizer.state[param]
@@ -171,7 +171,7 @@ class SparsityController:
             early = self.config.calibration_batches and step < MIN_IMPORTANCE_STEPS
             update = importance_from_calibration if early else importance_from_adam
             update(list(self.params.values()), state, together)
-        elif self.config.importance == "activation" and step == self.ramp.start:
+        elif self.config.importance in FROM_HOOKS and step == self.ramp.start:
             importance_from_activations(self._dims, state, together)
 
     def _plan(self, step: int, following: int, learning_rates: list[list[float]]) -> None:

@@ -12,6 +12,7 @@ from .calibration import calibrate
 from .compensation import Compensation
 from .controller import SparsityController
 from .experts import expert_weights
+from .importance import FROM_HOOKS
 from .patterns import parse_pattern
 from .report import count_nonzero
 from .schedule import DECAY, DENSE, SETTLE, PlainSchedule, Ramp
@@ -80,6 +81,12 @@ class SparsityDriver:
         if config.target_sparsity is None:
             self._schedule = PlainSchedule(config, self._stepped, optimizer, total_steps)
             return
+        experts = next((name for name, param in params.items() if param.dim() == 3), None)
+        if config.importance == "fisher" and experts is not None:
+            raise ValueError(
+                f"importance='fisher' needs the gradients of each layer's output, and experts ({experts}) do not show"
+                " theirs: take importance='activation' with scope='layer', or an optimizer with a second moment."
+            )
         self.ramp = Ramp.from_config(config, total_steps, warmup_steps)
         units, dims = selected_units(model, config, params), input_dims(model)
         if self._compensates and step < self.ramp.end:
@@ -89,8 +96,9 @@ class SparsityDriver:
             self._compensation = Compensation(model, inputs, optimizer, config.hessians_on_cpu, improve)
         self._controller = make_controller(config, params, optimizer, self.ramp, dims, units, self._compensation)
         calibrates = config.calibration_batches > 0 and step == 0
-        if config.importance == "activation" and (calibrates or step < self.ramp.start):
-            self._activations = ActivationStatistics(model, list(params.values()), optimizer)
+        if config.importance in FROM_HOOKS and (calibrates or step < self.ramp.start):
+            gradients = config.importance == "fisher"
+            self._activations = ActivationStatistics(model, list(params.values()), optimizer, gradients)
 
     def start(
         self,
@@ -119,8 +127,8 @@ class SparsityDriver:
             self._keep_zeros()
         config = self.config
         if config.calibration_batches:
-            params, gradients = list(self.params.values()), config.importance == "adam"
-            count = config.calibration_batches
+            params = list(self.params.values()) if config.importance == "adam" else []
+            gradients, count = config.importance in ("adam", "fisher"), config.calibration_batches
             calibrate(self._model, params, self._optimizer, batches or (), count, gradients, show_progress)
         self.after_step(0, learning_rates)
 

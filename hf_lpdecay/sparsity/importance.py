@@ -15,6 +15,8 @@ logger = logging.get_logger(__name__)
 # The second moment of Adam, RMSprop and Adagrad in the optimizer's state.
 _SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
 _BNB_BLOCK = 256
+# What is collected by hooks on the layers, before the ramp.
+FROM_HOOKS = ("activation", "fisher")
 
 
 def importance_from_adam(params: list[Tensor], state: dict, together: bool) -> None:
@@ -63,6 +65,10 @@ def importance_from_calibration(params: list[Tensor], state: dict, together: boo
 def importance_from_activations(dims: dict[Tensor, int], state: dict, together: bool) -> None:
     """``h`` is the root mean square of a weight's input feature, as in Wanda (arXiv 2306.11695).
 
+    Where the gradients of the outputs were collected it is times that of its output feature's gradient: the square is
+    then the diagonal of the Fisher information's Kronecker factors (K-FAC, arXiv 1503.05671), and ``(|w| * h) ** 2`` a
+    saliency that can be compared between layers, without a gradient of any weight.
+
     Args:
         dims (`dict[torch.Tensor, int]`): The selected weights, and the dimension of the input features of each.
         state (`dict`): The optimizer's.
@@ -75,8 +81,11 @@ def importance_from_activations(dims: dict[Tensor, int], state: dict, together: 
             if torch.is_tensor(count):  # one for each expert
                 count = count.masked_fill(count == 0, 1.0)[:, None]
             square = state[param].pop("lp_feature_sq") / count
-            # Every output feature has the same share.
-            outputs = square.mean(-1, keepdim=True).expand(*square.shape[:-1], param.shape[-2:][1 - dims[param]])
+            outputs = state[param].pop("lp_output_sq", None)
+            if outputs is None:  # every output feature has the same share
+                outputs = square.mean(-1, keepdim=True).expand(*square.shape[:-1], param.shape[-2:][1 - dims[param]])
+            else:
+                outputs, square = outputs * square.mean(), square * outputs.mean()
             rows, columns = (outputs, square) if dims[param] == 1 else (square, outputs)
             dtype = torch.promote_types(param.dtype, torch.float32)  # float16 could not hold the squares
             means[param] = rows.unsqueeze(-1).to(dtype), columns.unsqueeze(-2).to(dtype)

@@ -1,6 +1,5 @@
 """A frozen base that becomes sparse while adapters learn: its weights decay after each step of the adapters."""
 
-import dataclasses
 import os
 import zlib
 from collections import defaultdict
@@ -22,13 +21,11 @@ from ..sparsity.patterns import Structured, parse_pattern
 from ..sparsity.selection import match_parameters, own_name
 from .adapters import mask_lora
 from .masked_lora import is_quantized_weight
+from .optimizers import importance_without_moment, with_importance
 
 
 # In a checkpoint, beside the adapter: the base's weights as they are, and the plan by which they decay.
 WEIGHTS_FILE, PLAN_FILE = "frozen_base.safetensors", "frozen_base_plan.pt"
-
-# Activations differ too much from layer to layer to be compared between them: whole layers would be pruned.
-_DEFAULTS = {"importance": "activation", "scope": "layer"}
 
 
 class FrozenBase:
@@ -153,8 +150,10 @@ def find_frozen_base(model: nn.Module, config: LpDecayConfig, main_process: bool
         )
     _check(base, params, config)
     parse_pattern(config.pattern).check_all(params, input_dims(base))
-    if frozen_defaults := {name: _DEFAULTS[name] for name in config.left_to_default if config.target_sparsity}:
-        config = dataclasses.replace(config, **frozen_defaults)
+    if config.target_sparsity:
+        experts = any(param.dim() == 3 for param in params.values())
+        left = "importance" in config.left_to_default
+        config = with_importance(config, importance_without_moment(config, experts) if left else config.importance)
     frozen = FrozenBase(base, params, config)
     mask_lora(model, becoming_sparse=params.values() if frozen.changes else ())
     if main_process:
@@ -186,8 +185,8 @@ def _check(base: nn.Module, params: dict[str, Tensor], config: LpDecayConfig) ->
         )
     if config.importance == "adam" and "importance" not in config.left_to_default:
         raise ValueError(
-            "importance='adam' needs the second moment of the gradients, and a frozen base has none: take 'activation'"
-            " (the default there), or 'magnitude'."
+            "importance='adam' needs the second moment of the gradients, and a frozen base has none: take 'fisher'"
+            " (the default there), 'activation' or 'magnitude'."
         )
     if isinstance(parse_pattern(config.pattern), Structured):
         raise ValueError(

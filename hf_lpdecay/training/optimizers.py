@@ -2,10 +2,13 @@
 
 import dataclasses
 
+from torch import nn
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..config import LpDecayConfig
+from ..sparsity.experts import expert_modules
+from ..sparsity.patterns import SemiStructured, parse_pattern
 
 
 logger = logging.get_logger(__name__)
@@ -41,20 +44,35 @@ def check_optim(optim: str, config: LpDecayConfig) -> None:
         raise ValueError(f"optim={name!r} has no p-norm decay: {reason}. Take 'adamw_torch_fused', or 'adafactor'.")
 
 
-def config_for(optim: str, config: LpDecayConfig) -> LpDecayConfig:
+def config_for(optim: str, config: LpDecayConfig, model: nn.Module) -> LpDecayConfig:
     """The config with an importance that the optimizer can give.
 
     Args:
         optim (`str`): Of `TrainingArguments`.
         config (`LpDecayConfig`): As the user made it.
+        model (`nn.Module`): The model that is trained.
 
     Returns:
-        `LpDecayConfig`: With `importance="activation"` where `"adam"` would find no second moment.
+        `LpDecayConfig`: With another importance where `"adam"` would find no second moment.
     """
     name = OptimizerNames(optim).value
     if config.target_sparsity is None or config.importance != "adam" or name in (*ADAMW, *_SECOND_MOMENT):
         return config
+    importance = importance_without_moment(config, experts=next(expert_modules(model), None) is not None)
     logger.warning_once(
-        f"optim={name!r} keeps no second moment that importance='adam' could use: importance='activation' is used."
+        f"optim={name!r} keeps no second moment that importance='adam' could use: importance={importance!r} is used."
     )
-    return dataclasses.replace(config, importance="activation")
+    return with_importance(config, importance)
+
+
+def importance_without_moment(config: LpDecayConfig, experts: bool) -> str:
+    """The default importance of weights without a second moment; `experts` do not show their outputs' gradients."""
+    return "activation" if experts or isinstance(parse_pattern(config.pattern), SemiStructured) else "fisher"
+
+
+def with_importance(config: LpDecayConfig, importance: str) -> LpDecayConfig:
+    """The config with another importance than that of Adam, and a default scope in which it can be compared."""
+    scope = config.scope
+    if importance != "fisher" and "scope" in config.left_to_default:
+        scope = "layer"  # the scores differ too much from layer to layer: whole layers would be pruned
+    return dataclasses.replace(config, importance=importance, scope=scope)

@@ -63,7 +63,7 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
         self._frozen = find_frozen_base(model, lp_config, self.is_world_process_zero())
         if self._frozen is None:
             check_optim(self.args.optim, lp_config)
-            self.lp_config = config_for(self.args.optim, lp_config)
+            self.lp_config = config_for(self.args.optim, lp_config, model)
         else:
             check_whole(self.accelerator.distributed_type, self._frozen.changes)
             self.lp_config = self._frozen.config
