@@ -75,6 +75,21 @@ def test_a_step_that_overflows_is_left_out():
         torch.testing.assert_close(one, other)
 
 
+def test_a_compiled_model_shows_the_same_gradients():
+    seen = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.GELU(), torch.nn.Linear(6, 4))
+        params = [model[0].weight, model[2].weight]
+        holder = State(params)
+        ActivationStatistics(model, params, holder, gradients=True)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        run(torch.randn(5, 8)).square().sum().backward()
+        seen.append([holder.state[param]["lp_output_sq"] for param in params])
+    for one, other in zip(*seen):
+        torch.testing.assert_close(one, other)
+
+
 def test_it_is_the_default_of_optimizers_without_a_second_moment_and_of_frozen_bases(tmp_path):
     config = LpDecayConfig(target_sparsity=0.5, num_plans=3)
     for model, options, expected in (

@@ -126,6 +126,7 @@ def hook_output_gradients(
     """
 
     def hook_of(weight: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        @torch.compiler.disable  # a compiled graph does not call the hook of a tensor in it
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if module.training and torch.is_grad_enabled():
                 if not output.requires_grad:  # before the first adapter
