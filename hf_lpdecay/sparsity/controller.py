@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # it checks its pattern with this room
 _PLAN = (
     *("lp_lambda", "lp_threshold", "lp_planned", "lp_edge"),
     *("lp_row", "lp_col", "lp_size", "lp_dim", "lp_rows", "lp_row_sq", "lp_col_sq", "lp_unit"),
+    *("lp_feature_sq", "lp_feature_count", "lp_output_sq"),
 )
 
 
@@ -171,7 +172,7 @@ class SparsityController:
             early = self.config.calibration_batches and step < MIN_IMPORTANCE_STEPS
             update = importance_from_calibration if early else importance_from_adam
             update(list(self.params.values()), state, together)
-        elif self.config.importance in FROM_HOOKS and step == self.ramp.start:
+        elif self.config.importance == "fisher" or (self.config.importance == "activation" and step == self.ramp.start):
             importance_from_activations(self._dims, state, together)
 
     def _plan(self, step: int, following: int, learning_rates: list[list[float]]) -> None:

@@ -96,7 +96,9 @@ class SparsityDriver:
             self._compensation = Compensation(model, inputs, optimizer, config.hessians_on_cpu, improve)
         self._controller = make_controller(config, params, optimizer, self.ramp, dims, units, self._compensation)
         calibrates = config.calibration_batches > 0 and step == 0
-        if config.importance in FROM_HOOKS and (calibrates or step < self.ramp.start):
+        # Wanda's activations are those of the dense model; the Fisher information is followed through the ramp.
+        self._last_collected = self.ramp.end if config.importance == "fisher" else self.ramp.start
+        if config.importance in FROM_HOOKS and (calibrates or step < self._last_collected):
             gradients = config.importance == "fisher"
             self._activations = ActivationStatistics(model, list(params.values()), optimizer, gradients)
 
@@ -148,8 +150,10 @@ class SparsityDriver:
         if self._schedule is not None:
             self._schedule.after_step(step)
         if self._controller is not None:
-            if step == self.ramp.start:
+            if step == self._last_collected:
                 self._finish_activations()
+            elif self._activations is not None and self.ramp.next_plan(step) is not None:
+                self._activations.average()
             self._controller.after_step(step, learning_rates)
 
     def average_collected(self) -> None:

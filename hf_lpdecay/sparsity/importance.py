@@ -77,11 +77,11 @@ def importance_from_activations(dims: dict[Tensor, int], state: dict, together: 
     means = {}
     for param in dims:
         if "lp_feature_sq" in state[param]:
-            count = state[param].pop("lp_feature_count")
+            count = state[param]["lp_feature_count"]
             if torch.is_tensor(count):  # one for each expert
                 count = count.masked_fill(count == 0, 1.0)[:, None]
-            square = state[param].pop("lp_feature_sq") / count
-            outputs = state[param].pop("lp_output_sq", None)
+            square = state[param]["lp_feature_sq"] / count
+            outputs = state[param].get("lp_output_sq")
             if outputs is None:  # every output feature has the same share
                 outputs = square.mean(-1, keepdim=True).expand(*square.shape[:-1], param.shape[-2:][1 - dims[param]])
             else:
