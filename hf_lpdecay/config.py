@@ -5,6 +5,7 @@ from typing import Literal
 
 from .optim.adamw import is_number
 from .sparsity.patterns import SemiStructured, Structured, parse_pattern
+from .sparsity.schedule import RAMP_END
 
 
 @dataclass
@@ -183,9 +184,12 @@ class LpDecayConfig:
                 continue
             if not is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"Invalid {name}: {value!r} - should be a fraction of all steps, between 0 and 1.")
-        if self.ramp_end is not None and self.ramp_end <= self.ramp_start:
+        ramps = self.target_sparsity is not None or self.lp_lambda_schedule != "constant" or self.p_start is not None
+        ramp_end = RAMP_END if self.ramp_end is None and ramps else self.ramp_end
+        if ramp_end is not None and ramp_end <= self.ramp_start:
             raise ValueError(
-                f"Invalid ramp: ramp_end={self.ramp_end} - should be greater than ramp_start={self.ramp_start}."
+                f"Invalid ramp: ramp_end={ramp_end}{' (the default)' if self.ramp_end is None else ''} - should be"
+                f" greater than ramp_start={self.ramp_start}."
             )
         for name, least in (("num_plans", 1), ("calibration_batches", 0), ("mask_swaps", 0)):
             value = getattr(self, name)

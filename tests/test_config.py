@@ -35,6 +35,8 @@ def test_defaults_are_resolved_by_the_pattern():
             {"target_sparsity": 0.5, "ramp_start": 0.7, "ramp_end": 0.7},
             "ramp_end=0.7 - should be greater than ramp_start=0.7",
         ),
+        ({"target_sparsity": 0.5, "ramp_start": 0.8}, r"ramp_end=0.7 \(the default\) - should be greater than"),
+        ({"lp_lambda": 0.1, "lp_lambda_schedule": "linear", "ramp_start": 0.7}, r"ramp_end=0.7 \(the default\)"),
         ({"target_sparsity": 0.5, "ramp_end": 1.5}, "Invalid ramp_end: 1.5"),
         ({"target_sparsity": 0.5, "scope": "row"}, "Invalid scope: 'row'"),
         ({"target_sparsity": 0.5, "pattern": "4:2"}, "Invalid pattern: '4:2'"),

@@ -1,6 +1,16 @@
 import pytest
 import torch
-from conftest import arguments, same_bits, tiny_bert, tiny_llama, tiny_t5, token_rows, trainer_for, weights
+from conftest import (
+    arguments,
+    frozen_llama,
+    same_bits,
+    tiny_bert,
+    tiny_llama,
+    tiny_t5,
+    token_rows,
+    trainer_for,
+    weights,
+)
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -49,6 +59,17 @@ def test_the_distance_from_an_equal_teacher_is_zero_and_that_of_logits_is_the_di
     total, _ = distiller.loss(inputs, other(**inputs))
     log_p, log_q = ((m(**inputs).logits[:, 1:3].double() / 2).log_softmax(-1) for m in (model, other))
     assert total.item() == pytest.approx(4 * (log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-4)
+
+
+def test_a_teacher_in_bfloat16_is_as_from_pretrained_makes_it(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    configs = (LpDecayConfig(freeze_zeros=True, distill=name) for name in ("self", str(tmp_path)))
+    itself, loaded = (Distiller(config, model) for config in configs)
+    assert loaded.teacher.model.rotary_emb.inv_freq.dtype == torch.float32
+    own = {**dict(itself.teacher.named_buffers()), **weights(itself.teacher)}
+    assert same_bits(own, {**dict(loaded.teacher.named_buffers()), **weights(loaded.teacher)})
+    assert type(Distiller(loaded.config, frozen_llama()).teacher) is type(model)
 
 
 def test_a_distilled_run_resumes_with_its_first_teacher(tmp_path):

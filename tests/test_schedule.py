@@ -198,6 +198,11 @@ def test_calibration_leaves_no_trace_but_its_result():
     assert torch.equal(torch.random.get_rng_state(), state) and not model.training
     assert all(torch.equal(before[name], param) and param.grad is None for name, param in model.named_parameters())
     assert all(set(optimizer.state[param]) == {"lp_row_sq", "lp_col_sq"} for param in params.values())
+    model.model.layers[1].mlp.forward = torch.zeros_like  # a layer that was dropped has no gradients
+    unused = model.model.layers[1].mlp.up_proj.weight
+    calibrate(model, list(params.values()), optimizer, [batch], 1)
+    calibrate(model, [unused], (other := LpAdamW([unused])), [batch], 1)
+    assert not other.state[unused]["lp_row_sq"].any() and optimizer.state[unused]["lp_row_sq"].any()
     with pytest.raises(ValueError, match="at least one training batch"):
         calibrate(model, list(params.values()), optimizer, [], 2)
     with pytest.raises(ValueError, match="returned no loss"):

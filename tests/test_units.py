@@ -9,8 +9,11 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    CLIPVisionConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     OPTConfig,
     Qwen2Config,
@@ -156,6 +159,18 @@ def test_an_unknown_order_of_queries_keys_and_values_is_refused_with_what_was_se
         find_units(model, "heads")
     with pytest.raises(ValueError, match="Sequential has no list of blocks"):
         find_units(nn.Sequential(nn.Linear(4, 4)), "neurons")
+
+
+@pytest.mark.parametrize("pattern", ["neurons", "heads"])
+def test_several_models_in_one_are_refused(pattern):
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=8, patch_size=4
+    )
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=tiny_llama().config, vision_config=vision))
+    with pytest.raises(
+        ValueError, match=r"LlavaForConditionalGeneration has no hidden_size, .* the inner one by itself"
+    ):
+        find_units(model, pattern)
 
 
 def test_a_layer_can_be_left_out_as_a_whole():

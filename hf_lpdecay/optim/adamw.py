@@ -265,12 +265,31 @@ class LpAdamW(torch.optim.Optimizer):
                         kept = name in ("exp_avg", "exp_avg_sq") and not float32_moments[param]
                         dtype = param.dtype if kept else torch.float32
                         self.state[param][name] = value.detach().to(param.device, dtype, copy=True)
+        keep_dtypes_of_plans(self, state_dict)
         # The base class leaves the numbers of steps where the checkpoint was read to.
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.state.get(param, {})
                 if "step" in state:
                     state["step"] = state["step"].to(_counted_on(param, group), torch.float32)
+
+
+def keep_dtypes_of_plans(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load a controller's plans once more, with their own dtypes: an optimizer casts its state to the parameters'.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Has loaded `state_dict`.
+        state_dict (`dict`): As returned by `state_dict()`.
+    """
+    saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    copies: dict[int, Tensor] = {}  # layers with the same input share a Hessian
+    for saved_id, param in zip(saved_ids, params):
+        for name, value in state_dict["state"].get(saved_id, {}).items():
+            if str(name).startswith("lp_") and torch.is_tensor(value) and name != "lp_s":  # that is a moment
+                if id(value) not in copies:
+                    copies[id(value)] = value.detach().to(param.device, copy=True)
+                optimizer.state[param][name] = copies[id(value)]
 
 
 def _counted_on(param: Tensor, group: dict[str, Any]) -> torch.device | str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adamw import check_number, check_p
+from .adamw import check_number, check_p, keep_dtypes_of_plans
 from .decay import LOW_PRECISION, Batches, decay_stepped_, options_of, prepare_decay
 from .functional import acts
 from .pieces import local
@@ -129,6 +129,7 @@ class LpDecay(torch.optim.Optimizer):
         names = ("p", "lp_lambda", "freeze_zeros", "post_step")
         present = [{name: group[name] for name in names} for group in self.param_groups]
         self.optimizer.load_state_dict(state_dict)
+        keep_dtypes_of_plans(self.optimizer, state_dict)
         for group, options in zip(self.param_groups, present):
             for name, value in options.items():
                 group.setdefault(name, value)

@@ -53,7 +53,9 @@ def calibrate(
                 raise ValueError("calibration_batches needs batches with labels, but the model returned no loss.")
             loss.backward()
             for param in params:
-                square = param.grad.detach().float().square()
+                # None where the batch did not pass through the layer: one that was dropped, an expert without a token
+                grad = torch.zeros_like(param) if param.grad is None else param.grad.detach()
+                square = grad.float().square()
                 for name, dim in (("lp_row_sq", -1), ("lp_col_sq", -2)):
                     mean = whole(square.mean(dim, keepdim=True))
                     state = optimizer.state[param]

@@ -124,6 +124,7 @@ class SparsityDriver:
             if self._controller is not None:
                 self._controller.resume(self._step, learning_rates)
             return
+        self._forget_last_run()
         self._mark()
         if self._controller is not None:
             self._keep_zeros()
@@ -269,6 +270,21 @@ class SparsityDriver:
                     )
         if any(zeros.values()) and config.pattern != "rank":  # LoRA's B starts at zero
             self._controller.freeze_zeros()
+
+    def _forget_last_run(self) -> None:
+        """Drop the plan of a run that was interrupted, where its optimizer begins another one."""
+        config, optimizer = self.config, self._optimizer
+        stepped = {id(param) for param in self._stepped.values()}
+        planned = False
+        for param in self._stepped.values():
+            state = optimizer.state.get(param, {})
+            for name in [name for name in state if str(name).startswith("lp_")]:
+                planned = True
+                del state[name]
+        for group in optimizer.param_groups if planned else ():
+            group.pop("pattern", None)
+            if all(id(param) in stepped for param in group["params"]):
+                group.update(lp_lambda=config.lp_lambda or 0.0, freeze_zeros=config.freeze_zeros)
 
     def _mark(self) -> None:
         """Mark the selected parameters in groups that hold others too, such as those that a plain `Trainer` makes.

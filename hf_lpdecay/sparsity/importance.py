@@ -15,6 +15,7 @@ logger = logging.get_logger(__name__)
 # The second moment of Adam, RMSprop and Adagrad in the optimizer's state.
 _SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
 _BNB_BLOCK = 256
+LEAST_FACTOR = 1e-10
 # What is collected by hooks on the layers, before the ramp.
 FROM_HOOKS = ("activation", "fisher")
 
@@ -102,7 +103,16 @@ def write_factors(means: dict[Tensor, tuple[Tensor, Tensor]], state: dict, toget
         means (`dict[torch.Tensor, tuple]`): Mean squares by weight; of experts (e, n, 1) and (e, 1, m).
         state (`dict`): Where the factors go, by weight.
         together (`bool`): Whether the weights of different tensors are compared.
+
+    Raises:
+        RuntimeError: If there are no statistics at all.
     """
+    if not means:
+        raise RuntimeError(
+            "The importance found no statistics of any selected weight: an optimizer without a second moment has none"
+            " for importance='adam', and a model whose layers are not called has none of their features. Take"
+            " importance='magnitude', or another of them."
+        )
     seen = {param: mean for param, (rows, _) in means.items() if (mean := rows.mean()) > 0}
     if together:
         total = sum(mean * param.numel() for param, mean in seen.items())
@@ -122,5 +132,6 @@ def write_factors(means: dict[Tensor, tuple[Tensor, Tensor]], state: dict, toget
                     f"{int(unused.sum())} of {len(unused)} experts got no token before a plan was made; their weights"
                     " are ranked by magnitude."
                 )
-        state[param]["lp_row"] = placed_like((rows / unit).sqrt(), param)
-        state[param]["lp_col"] = placed_like((columns / own).sqrt(), param)
+        # Not zero, as the weights of a feature that is never used would be taken for those that are pruned.
+        state[param]["lp_row"] = placed_like((rows / unit).sqrt().clamp_(min=LEAST_FACTOR), param)
+        state[param]["lp_col"] = placed_like((columns / own).sqrt().clamp_(min=LEAST_FACTOR), param)

@@ -194,7 +194,8 @@ class PlainSchedule:
 
     def after_step(self, step: int) -> None:
         """Set norm and strength for the step after `step` optimizer steps."""
-        progress = min(max((step - self._start) / (self._end - self._start), 0.0), 1.0)
+        length = self._end - self._start  # that of a constant schedule has no effect
+        progress = min(max((step - self._start) / length, 0.0), 1.0) if length > 0 else 1.0
         shares = {"constant": 1.0, "linear": progress, "cubic": cubic(progress)}
         lp_lambda = self.config.lp_lambda * shares[self.config.lp_lambda_schedule]
         for group in self._optimizer.param_groups:

@@ -40,14 +40,28 @@ def find_units(model: PreTrainedModel | PeftModel, pattern: str) -> list[Units]:
         `list[Units]`: One per feed-forward, attention or adapter, and one for the experts of a block.
 
     Raises:
-        ValueError: If a block has none, or more than can be told apart; if there is no LoRA.
+        ValueError: If a block has none, or more than can be told apart; if there is no LoRA; if the config is that of
+            several models in one.
     """
     if pattern == "rank":
         return _ranks(model)
     names = {id(param): name for name, param in model.named_parameters()}
     routers = router_names(model)
+    blocks = list(_blocks(model))
+    if not blocks:
+        raise ValueError(
+            f"pattern={pattern!r}: {type(model).__name__} has no list of blocks with linear layers (nn.Linear or"
+            " Conv1D), so there is nothing to take units from. Take another pattern."
+        )
+    config = getattr(model, "config", None)
+    for name in ("hidden_size", "num_attention_heads"):
+        if getattr(config, name, None) is None:
+            raise ValueError(
+                f"pattern={pattern!r} finds units by the config of one model, and that of {type(model).__name__} has no"
+                f" {name}, as where several models are in one: take another pattern, or train the inner one by itself."
+            )
     found = []
-    for block_name, block in _blocks(model):
+    for block_name, block in blocks:
         attentions = _attentions(model, block, names)
         if pattern == "heads":
             found += [Units(f"{block_name}: heads", count, slices) for count, slices in attentions]
@@ -69,11 +83,6 @@ def find_units(model: PreTrainedModel | PeftModel, pattern: str) -> list[Units]:
             missing = neurons is None and (rest or not experts)
         if missing:
             raise ValueError(_not_found(model, pattern, block_name, block))
-    if not found:
-        raise ValueError(
-            f"pattern={pattern!r}: {type(model).__name__} has no list of blocks with linear layers (nn.Linear or"
-            " Conv1D), so there is nothing to take units from. Take another pattern."
-        )
     return found
 
 

@@ -21,6 +21,7 @@ from .best import BestFromTarget
 from .checks import check_optimizer, check_ranks, check_same_config
 from .frozen import FrozenBase
 from .learning_rates import learning_rates_of
+from .optimizers import config_for_optimizer
 from .saved_names import accept_saved_names
 from .zero import ZeroController, find_ranges
 
@@ -88,9 +89,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
     ):
         check_ranks(self.lp_config)
         if self.frozen is None:
-            check_optimizer(optimizer, self.lp_config)
-        elif not state.global_step:
-            self.frozen.reset()
+            inner = check_optimizer(optimizer, self.lp_config)
+            self.lp_config = config_for_optimizer(inner, self.lp_config, unwrapped(model))
         self.check_checkpoint(state)
         if state.global_step and not optimizer.state:
             raise ValueError(
@@ -98,7 +98,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 " with save_only_model, or with DeepSpeed. Resume in the way that it was written, or start a new run"
                 " from its weights."
             )
+        if self._driver is not None:  # of a run that was interrupted
+            self._driver.remove_hooks()
         compiled = args.torch_compile or is_compiled_module(model)
+        if compiled:
+            forget_compiled()
         model = unwrapped(model) if self.frozen is None else self.frozen.model
         if self.names is None:
             self.names = list(participants(model, self.lp_config))
@@ -203,6 +207,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
         check_same_config(saved["args"]["lp_config"], self.lp_config)
         if self.names is None:  # not chosen anew: a tensor may be zero by now because it was pruned
             self.names = saved["args"]["names"]
+
+
+def forget_compiled() -> None:
+    """Have everything compiled anew: what was compiled for another model, alike but for its hooks, would be used."""
+    torch._dynamo.reset()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

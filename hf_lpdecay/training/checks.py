@@ -22,14 +22,15 @@ def check_ranks(config: LpDecayConfig) -> None:
             raise ValueError(f"Rank {rank} has an LpDecayConfig with {changed}: give every process the same one.")
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, config: LpDecayConfig) -> None:
-    """Raise where the decay cannot act on what the `Trainer` steps."""
+def check_optimizer(optimizer: torch.optim.Optimizer, config: LpDecayConfig) -> torch.optim.Optimizer:
+    """Raise where the decay cannot act on what the `Trainer` steps; returns the optimizer itself, without wrappers."""
     check_sharding(AcceleratorState(), config)
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
         inner = inner.optimizer
     cure = "give the Trainer optimizer_cls_and_kwargs=(LpAdamW, {'lr': ...}), or use LpDecayTrainer"
     check_stepped(inner, "SparsityCallback", cure)
+    return inner
 
 
 def check_stepped(optimizer: torch.optim.Optimizer, driver: str, cure: str) -> None:

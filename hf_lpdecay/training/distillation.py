@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -33,9 +34,10 @@ class Distiller:
         self.label_names = label_names
         self.model_config = model.config
         if config.distill == "self":
-            self.teacher = copy.deepcopy(model).to(torch.bfloat16)
+            self.teacher = _in_bfloat16(model)
         else:
-            self.teacher = type(model).from_pretrained(config.distill, dtype=torch.bfloat16)
+            dense = model.get_base_model() if isinstance(model, PeftModel) else model
+            self.teacher = type(dense).from_pretrained(config.distill, dtype=torch.bfloat16)
         for name in ("vocab_size", "num_labels", *(("num_hidden_layers", "hidden_size") * bool(config.distill_hidden))):
             ours, theirs = getattr(model.config, name, None), getattr(self.teacher.config, name, None)
             if ours != theirs:
@@ -135,6 +137,17 @@ class Distiller:
         temperature = self.config.distill_temperature
         log_student, log_teacher = ((logits / temperature).log_softmax(-1) for logits in (student, teacher))
         return temperature**2 * nn.functional.kl_div(log_student, log_teacher, log_target=True, reduction="sum")
+
+
+def _in_bfloat16(model: nn.Module) -> nn.Module:
+    """A copy as `from_pretrained(dtype=torch.bfloat16)` makes it: buffers that are not saved, such as the frequencies
+    of rotary embeddings, keep their precision, without which long texts get wrong positions."""
+    teacher = copy.deepcopy(model).to(torch.bfloat16)
+    for copied, module in zip(teacher.modules(), model.modules()):
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            copied._buffers[name] = None if buffer is None else buffer.clone()
+    return teacher
 
 
 def logits_of(outputs: dict[str, Tensor]) -> list[Tensor]:

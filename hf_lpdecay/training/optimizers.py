@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import torch
 from torch import nn
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..config import LpDecayConfig
+from ..optim import LpDecay
 from ..sparsity.experts import expert_modules
 from ..sparsity.patterns import SemiStructured, parse_pattern
 
@@ -15,10 +17,14 @@ logger = logging.get_logger(__name__)
 
 # What LpAdamW itself is; anything else is wrapped in LpDecay.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
-# Those whose second moment `importance_from_adam` finds, beside AdamW's.
+# Those whose second moment `importance_from_adam` finds, beside AdamW's: names in `optim`, and of classes.
 _SECOND_MOMENT = (
     *("adafactor", "rmsprop", "adagrad"),
     *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+)
+_SECOND_MOMENT_CLASSES = (
+    *("Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adafactor"),
+    *("Adam8bit", "AdamW8bit", "PagedAdam", "PagedAdamW", "PagedAdam8bit", "PagedAdamW8bit"),
 )
 
 
@@ -56,11 +62,33 @@ def config_for(optim: str, config: LpDecayConfig, model: nn.Module) -> LpDecayCo
         `LpDecayConfig`: With another importance where `"adam"` would find no second moment.
     """
     name = OptimizerNames(optim).value
-    if config.target_sparsity is None or config.importance != "adam" or name in (*ADAMW, *_SECOND_MOMENT):
+    return config if name in (*ADAMW, *_SECOND_MOMENT) else _without_moment(f"optim={name!r}", config, model)
+
+
+def config_for_optimizer(optimizer: torch.optim.Optimizer, config: LpDecayConfig, model: nn.Module) -> LpDecayConfig:
+    """The config with an importance that an optimizer which was made elsewhere can give.
+
+    Args:
+        optimizer (`LpAdamW` or `LpDecay`): Steps the weights.
+        config (`LpDecayConfig`): As the user made it.
+        model (`nn.Module`): The model that is trained.
+
+    Returns:
+        `LpDecayConfig`: See [`config_for`].
+    """
+    if not isinstance(optimizer, LpDecay):
+        return config
+    classes = [cls.__name__ for cls in type(optimizer.optimizer).__mro__]
+    known = any(name in _SECOND_MOMENT_CLASSES for name in classes)
+    return config if known else _without_moment(classes[0], config, model)
+
+
+def _without_moment(optimizer: str, config: LpDecayConfig, model: nn.Module) -> LpDecayConfig:
+    if config.target_sparsity is None or config.importance != "adam":
         return config
     importance = importance_without_moment(config, experts=next(expert_modules(model), None) is not None)
     logger.warning_once(
-        f"optim={name!r} keeps no second moment that importance='adam' could use: importance={importance!r} is used."
+        f"{optimizer} keeps no second moment that importance='adam' could use: importance={importance!r} is used."
     )
     return with_importance(config, importance)
 

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import is_compiled_module
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..config import LpDecayConfig
 from ..sparsity import SparsityDriver, participants
-from .callbacks import unwrapped
+from .callbacks import forget_compiled, unwrapped
 from .checks import check_ranks, check_same_config, check_sharding, check_stepped
 from .learning_rates import learning_rates_of
+from .optimizers import config_for_optimizer
 
 
 logger = logging.get_logger(__name__)
@@ -81,10 +83,12 @@ class Sparsifier:
         if AcceleratorState._shared_state:  # an Accelerator was made
             check_sharding(AcceleratorState(), lp_config, deepspeed=False)
         check_ranks(lp_config)
-        self.lp_config = lp_config
         self._optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         check_stepped(self._optimizer, "Sparsifier", "make it LpAdamW(model.parameters(), lr=...)")
+        if is_compiled_module(model):
+            forget_compiled()
         self._model = unwrapped(model)
+        self.lp_config = lp_config = config_for_optimizer(self._optimizer, lp_config, self._model)
         self._lr_scheduler = lr_scheduler
         self._steps = (num_training_steps, num_warmup_steps)
         self._names = list(participants(self._model, lp_config))

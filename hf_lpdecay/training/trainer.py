@@ -59,28 +59,46 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
 
     def __init__(self, *args, lp_config: LpDecayConfig, **kwargs):
         super().__init__(*args, **kwargs)
+        self.lp_facts: dict[str, Any] = {}
+        self._given_config = lp_config
+        self._losses = torch.zeros(3, device=self.args.device)  # the model's own, the distance, steps
         model = unwrapped(self.model)
-        self._frozen = find_frozen_base(model, lp_config, self.is_world_process_zero())
+        self._choose_config(model)
+        self._check_can_decay()
+        self._choose_weights(model)
+        self.add_callback(SparsityCallback(self.lp_config, self._lp_names))
+        self._sparsity_callback().frozen = self._frozen
+
+    def _choose_config(self, model: torch.nn.Module) -> None:
+        """Find a frozen base, and settle the config for it, or for the optimizer."""
+        self._frozen = find_frozen_base(model, self._given_config, self.is_world_process_zero())
         if self._frozen is None:
-            check_optim(self.args.optim, lp_config)
-            self.lp_config = config_for(self.args.optim, lp_config, model)
+            check_optim(self.args.optim, self._given_config)
+            self.lp_config = config_for(self.args.optim, self._given_config, model)
         else:
             check_whole(self.accelerator.distributed_type, self._frozen.changes)
             self.lp_config = self._frozen.config
-        lp_config = self.lp_config
-        self.lp_facts: dict[str, Any] = {}
-        self._check_can_decay()
-        # Chosen now, from the untrained model: in the middle of a run a tensor may be zero because it was pruned.
+
+    def _choose_weights(self, model: torch.nn.Module) -> None:
+        """Select the weights and make the teacher, from the untrained model: in the middle of a run a tensor may be
+        zero because it was pruned, and a model that is resumed is no longer what it was."""
         accept_saved_names(model)
-        params = participants(model, lp_config) if self._frozen is None else self._frozen.params
+        params = participants(model, self.lp_config) if self._frozen is None else self._frozen.params
         if self.is_deepspeed_enabled:
             check_matrices(params)
         self._lp_names = list(params)
-        self.add_callback(SparsityCallback(lp_config, self._lp_names))
-        self._sparsity_callback().frozen = self._frozen
-        # Made now as well: when a run is resumed, the model is no longer what it was when training began.
-        self._distiller = Distiller(lp_config, model, ("labels", *self.label_names)) if lp_config.distill else None
-        self._losses = torch.zeros(3, device=self.args.device)  # the model's own, the distance, steps
+        labels = ("labels", *self.label_names)
+        self._distiller = Distiller(self.lp_config, model, labels) if self.lp_config.distill else None
+
+    def call_model_init(self, trial: Any = None) -> torch.nn.Module:
+        """Make the model anew, as `train` does with a `model_init`: what was found in the last one goes with it."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "lp_config"):  # the first one is looked at in __init__
+            self._choose_config(model)
+            self._choose_weights(model)
+            callback = self._sparsity_callback()
+            callback.lp_config, callback.names, callback.frozen = self.lp_config, self._lp_names, self._frozen
+        return model
 
     @property
     def lp_modules(self) -> list[str]:
@@ -93,8 +111,9 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
         if self._frozen is not None:  # no decay acts on what is stepped
             return super().create_optimizer(model)
         if self.optimizer is None:
-            wrapped = self.args.optim not in ADAMW and self.optimizer_cls_and_kwargs is None
-            if self.optimizer_cls_and_kwargs is None and not wrapped:
+            chosen = self.optimizer_cls_and_kwargs
+            wrapped = self.args.optim not in ADAMW and chosen is None
+            if chosen is None and not wrapped:
                 options = {
                     "lr": self.args.learning_rate,
                     "betas": (self.args.adam_beta1, self.args.adam_beta2),
@@ -102,7 +121,10 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
                     "fused": None if self.args.optim == "adamw_torch_fused" else False,
                 }
                 self.optimizer_cls_and_kwargs = (LpAdamW, options)
-            super().create_optimizer(model)
+            try:
+                super().create_optimizer(model)
+            finally:  # another run may have another learning rate
+                self.optimizer_cls_and_kwargs = chosen
             if wrapped:
                 self.optimizer = LpDecay(self.optimizer)
             params = dict(unwrapped(self.model if model is None else model).named_parameters())
