@@ -91,6 +91,10 @@ class LpDecayConfig:
             20, and to 2 with n:m.
         freeze_zeros (`bool`, *optional*, defaults to `False`): Keep every weight that is exactly zero at zero, from
             the start.
+        average_weights (`float`, *optional*, defaults to `0.0`): Over this fraction of all steps, the last ones, the
+            mean of all trained weights is taken, with which the model ends. Meant for a learning rate that stays up to
+            the end. Costs 4 bytes per trained weight from then on. At most ``1 - ramp_end``, from where zeros are
+            frozen; impossible with an `lp_lambda`, under DeepSpeed and FSDP.
         distill (`str`, *optional*): A dense teacher: `"self"` for the model as it was before the training, or the name
             or path of another one with the same vocabulary. Held in bfloat16; costs its memory and a forward pass.
         distill_weight (`float`, *optional*, defaults to `1.0`): The loss is the model's own plus this times the
@@ -154,6 +158,10 @@ class LpDecayConfig:
     ramp_end: float | None = field(default=None, metadata={"help": "End of the ramp, as a fraction of all steps."})
     num_plans: int | None = field(default=None, metadata={"help": "Number of plans (pruning steps) in the ramp."})
     freeze_zeros: bool = field(default=False, metadata={"help": "Keep every exact zero at zero from the start."})
+    average_weights: float = field(
+        default=0.0,
+        metadata={"help": "End with the mean of the weights over this fraction of all steps, the last ones."},
+    )
 
     distill: str | None = field(default=None, metadata={"help": "A dense teacher: 'self', or a model's name or path."})
     distill_weight: float = field(default=1.0, metadata={"help": "Weight of the distance from the teacher."})
@@ -204,7 +212,25 @@ class LpDecayConfig:
                 raise ValueError(f"Invalid {name}: {value!r} - should be a finite number {bound}.")
         for name in ("target_modules", "exclude_modules"):
             self._normalize_modules(name)
+        self._check_average(0.0 if ramp_end is None else ramp_end)
         self._resolve_defaults()
+
+    def _check_average(self, ramp_end: float):
+        share = self.average_weights
+        if not is_number(share) or not 0 <= share <= 1:
+            raise ValueError(
+                f"Invalid average_weights: {share!r} - should be a fraction of all steps, between 0 and 1."
+            )
+        if share and self.lp_lambda:
+            raise ValueError(
+                f"average_weights={share} would fill zeros again that lp_lambda={self.lp_lambda} makes in these steps:"
+                " give a target_sparsity, or leave it out."
+            )
+        if share > 1 - ramp_end + 1e-9 and self.target_sparsity is not None:
+            raise ValueError(
+                f"Invalid average_weights: {share} - should be at most {1 - ramp_end:g}, since the last cut is at"
+                f" ramp_end={ramp_end} and weights from before it would fill zeros again."
+            )
 
     def _check_pattern(self):
         pattern = parse_pattern(self.pattern)

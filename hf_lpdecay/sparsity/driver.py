@@ -222,6 +222,8 @@ class SparsityDriver:
                 f" importance={config.importance},{'' if config.hard_cut else f' trim={config.trim},'}"
                 f" compensate={self._compensates}" + (f", mask_swaps={config.mask_swaps}" if config.mask_swaps else "")
             )
+        if config.average_weights:
+            plan += f", then the mean of the weights over the last {config.average_weights:.0%} of the steps"
         examples = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         what = "hard cut" if config.hard_cut else f"p-norm decay (p={config.p:g})"
         return (

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..config import LpDecayConfig
 from ..sparsity import SparsityDriver, participants
 from ..sparsity.driver import LearningRates
+from .averaging import WeightAverage, average_of
 from .best import BestFromTarget
 from .checks import check_optimizer, check_ranks, check_same_config
 from .frozen import FrozenBase
@@ -68,6 +69,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             )
         self._driver: SparsityDriver | None = None
         self._best: BestFromTarget | None = None
+        self._average: WeightAverage | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the config, against which a resumed run is checked, and the names."""
@@ -129,6 +131,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             tqdm.write(self._driver.describe())
         ramp = self._driver.ramp
+        end = 0 if ramp is None else ramp.end
+        self._average = average_of(optimizer, self.lp_config.average_weights, state.max_steps, end)
         if ramp is not None and args.metric_for_best_model is not None:
             self._best = BestFromTarget(args, state, ramp.end)
         rates = self._learning_rates(optimizer, kwargs["lr_scheduler"])
@@ -149,6 +153,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
     ):
         # Before the step is logged, evaluated and saved, so that a checkpoint holds the plan that follows it.
         self._driver.after_step(state.global_step, self._learning_rates(optimizer, kwargs["lr_scheduler"]))
+        if self._average is not None:
+            self._average.after_step(state.global_step)
         if self._best is not None:
             self._best.on_step_end()
         self._before_save(args, control)
@@ -173,6 +179,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         driver, self._best = self._driver, None
         driver.finish()
+        if self._average is not None:
+            self._average.finish(state.global_step)
         shortfall = driver.shortfall()  # every process counts its part
         if shortfall and state.is_world_process_zero:
             logger.warning_once(shortfall)

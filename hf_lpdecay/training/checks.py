@@ -49,6 +49,11 @@ def check_sharding(state: AcceleratorState, config: LpDecayConfig, deepspeed: bo
         )
     if kind == DistributedType.DEEPSPEED and not deepspeed:
         raise ValueError("A Sparsifier does not support DeepSpeed: use LpDecayTrainer, or FSDP2.")
+    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP) and config.average_weights:
+        raise ValueError(
+            f"average_weights={config.average_weights} needs whole weights in each process, not parts as under"
+            f" {kind.value}: train with DDP, or leave it out."
+        )
     if kind == DistributedType.DEEPSPEED:
         check_zero(state.deepspeed_plugin, config)
     fsdp1 = kind == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) != 2

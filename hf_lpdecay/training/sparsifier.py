@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..config import LpDecayConfig
 from ..sparsity import SparsityDriver, participants
+from .averaging import average_of
 from .callbacks import forget_compiled, unwrapped
 from .checks import check_ranks, check_same_config, check_sharding, check_stepped
 from .learning_rates import learning_rates_of
@@ -94,6 +95,8 @@ class Sparsifier:
         self._names = list(participants(self._model, lp_config))
         self._step = 0
         self._driver = self._make_driver()
+        end = 0 if self._driver.ramp is None else self._driver.ramp.end
+        self._average = average_of(self._optimizer, lp_config.average_weights, num_training_steps, end)
         self._optimizer.register_step_pre_hook(self._before_step)
         state = PartialState()
         if state.is_main_process:
@@ -111,6 +114,8 @@ class Sparsifier:
             return
         self._step += 1
         self._driver.after_step(self._step, self._learning_rates())
+        if self._average is not None:
+            self._average.after_step(self._step)
 
     def before_save(self) -> None:
         """Call in every process before a checkpoint is written: it holds what the first one has collected.
