@@ -4,6 +4,7 @@ import copy
 import math
 import mmap
 import pickle
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from hf_lpdecay.inference import SparseLinear, encoding, kernels
 from hf_lpdecay.inference.encoding import decode_slowly, encode, pad_rows, to_columns
+from hf_lpdecay.inference.head import PackedHead
 from hf_lpdecay.inference.kernels import INSTRUCTION_SETS, PADDING, kernel_for
 
 
@@ -140,10 +142,32 @@ def test_compiled_exported_and_traced_by_the_operator():
     expected = layer(x)
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
     assert torch.equal(torch.export.export(layer, (x,)).module()(x), expected)
-    arguments = (x, layer.positions, layer.values, layer.starts, layer.bias, False)
+    traced = torch.jit.trace(layer, x)
+    assert torch.equal(traced(x), expected) and torch.equal(traced(2 * x), layer(2 * x))
+    arguments = (x, *layer.packed, layer.bias)
     torch.library.opcheck(
         torch.ops.hf_lpdecay.sparse_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
+
+
+@pytest.mark.parametrize("width", [0, 7, 32, 34, 33 * 64])
+def test_other_features_than_the_layers_are_refused_as_by_a_dense_one(width):
+    dense = nn.Linear(33, 20)
+    x = torch.randn(2, 3, width)
+    with pytest.raises(RuntimeError) as raised:
+        dense(x)
+    message = re.escape(str(raised.value))
+    for columns in (False, True):
+        layer = SparseLinear.from_dense(with_zeros(20, 33), columns=columns)
+        with pytest.raises(RuntimeError, match=message):
+            layer(x)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.hf_lpdecay.sparse_linear(x, *layer.packed, None)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.hf_lpdecay.sparse_linear(x.to("meta"), *(t.to("meta") for t in layer.packed[:3]), 33, False, None)
+    packed = PackedHead(dense.weight, None, torch.float32)
+    with pytest.raises(RuntimeError, match=message):
+        packed(x)
 
 
 def test_training_is_refused_with_the_way_back():

@@ -63,12 +63,9 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x`, shape (..., in)."""
-        # Past torch's dispatcher, which takes as long as a small layer. Compiled and traced models take the operator (a
-        # traced model's tensors are of a type of their own).
-        if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_dynamo_compiling():
-            return torch.ops.hf_lpdecay.sparse_linear(
-                x, self.positions, self.values, self.starts, self.bias, self.columns
-            )
+        # Past torch's dispatcher, which takes as long as a small layer.
+        if needs_operator(x):
+            return torch.ops.hf_lpdecay.sparse_linear(x, *self.packed, self.bias)
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(NO_TRAINING)
         call = self._calls.get(x.dtype)
@@ -129,6 +126,12 @@ NO_TRAINING = (
 )
 
 
+def needs_operator(x: Tensor) -> bool:
+    """Whether torch must see the product: on another device, or where a model is compiled, exported or traced."""
+    # An exported model's tensors are of a type of their own.
+    return type(x) is not Tensor or not x.is_cpu or torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing()
+
+
 def _prepare(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> tuple:
     if dtype not in DTYPES:
         raise TypeError(f"A sparse layer was given {dtype}: use float32, bfloat16 or float16.")
@@ -141,13 +144,14 @@ def _prepare(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> tuple:
 
 @torch.library.custom_op("hf_lpdecay::sparse_linear", mutates_args=())
 def sparse_linear(
-    x: Tensor, positions: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None, columns: bool
+    x: Tensor, positions: Tensor, values: Tensor, starts: Tensor, cols: int, columns: bool, bias: Tensor | None
 ) -> Tensor:
     """`x W^T + bias`; see [`Weight`] for the others."""
-    weight = Weight(positions, values, starts, x.shape[-1], columns)
+    weight = Weight(positions, values, starts, cols, columns)
+    kernels.check_features(x, weight)
     if x.device.type == "cpu":
         return kernels.linear(*_prepare(weight, bias, x.dtype)[:3], x)
-    if x.device.type == "cuda" and not columns and 0 < x.numel() // x.shape[-1] <= 8:
+    if x.device.type == "cuda" and not columns and 0 < x.numel() // cols <= 8:
         from . import triton_kernel
 
         if triton_kernel.available():
@@ -157,8 +161,10 @@ def sparse_linear(
 
 
 @sparse_linear.register_fake
-def _(x, positions, values, starts, bias, columns):
-    return x.new_empty(*x.shape[:-1], starts.shape[0] - 1)
+def _(x, positions, values, starts, cols, columns, bias):
+    weight = Weight(positions, values, starts, cols, columns)
+    kernels.check_features(x, weight)
+    return x.new_empty(*x.shape[:-1], weight.rows)
 
 
 def _refuse(ctx, *args):
