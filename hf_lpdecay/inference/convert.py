@@ -1,8 +1,10 @@
 """`to_sparse`: a model whose linear layers take the memory and the time of their values that are not zero."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -48,8 +50,8 @@ def to_sparse(
         `nn.Module`: The same model, in evaluation mode, its parameters frozen.
 
     Raises:
-        ValueError: If nothing matches, a layer has another type, is quantized or not of this device. Nothing is changed
-            then.
+        ValueError: If nothing matches, a layer has another type, an adapter, is quantized or not of this device.
+            Nothing is changed then.
 
     Example:
 
@@ -65,9 +67,10 @@ def to_sparse(
         for name, module in match_layers(model, target_modules, exclude_modules).items()
         if not keeps_float32(model, name)
     }
+    experts = match_experts(model, target_modules, exclude_modules)
+    check_adapters(model, [*layers, *experts])
     for name, module in layers.items():
         check_layer(name, module)
-    experts = match_experts(model, target_modules, exclude_modules)
     for name in experts:
         check_weight(name, model.get_parameter(name))
     weights = [module.weight for module in layers.values()] + [model.get_parameter(name) for name in experts]
@@ -168,6 +171,19 @@ def keeps_float32(model: nn.Module, name: str) -> bool:
     """Whether a model wants a layer in float32 in any case, and looks at its weight for that: T5's `wo`."""
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     return any(part in kept for part in name.split("."))
+
+
+def check_adapters(model: nn.Module, names: Iterable[str]) -> None:
+    """Whether no layer is inside an adapter's, which merges into a dense weight and would be lost without one."""
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name in names:
+        for outer, module in adapted.items():
+            if name.startswith(f"{outer}."):
+                raise ValueError(
+                    f"{name} is the base of a {type(module).__name__} of PEFT, which could not be merged into a sparse"
+                    " layer: merge the adapter first (merge_sparse or merge_and_unload), or leave the layer out with"
+                    " exclude_modules."
+                )
 
 
 def check_layer(name: str, module: nn.Module) -> None:
