@@ -124,6 +124,26 @@ def test_strided_activations_threads_copies_and_pickles():
     assert "sparsity=" in repr(layer) and len(layer.values) < 2048 * 96 * 0.52 + PADDING
 
 
+@pytest.mark.parametrize("columns", [False, True])
+def test_another_dtype_keeps_the_padding_and_is_what_the_dense_layer_would_have(columns):
+    weight, bias = with_zeros(5, 70), torch.randn(5)
+    layer = SparseLinear.from_dense(weight, bias, columns=columns)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16, torch.float32):
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        layer.to(dtype)
+        count = layer.packed.count
+        assert layer.values[count:].nbytes == PADDING and not layer.values[count:].any()
+        assert torch.equal(decode_slowly(layer.packed), weight) and torch.equal(layer.weight, weight)
+        assert torch.equal(layer.bias, bias) and layer.dense_dtype == dtype
+        x = torch.randn(3, 70, dtype=dtype)
+        expected = nn.functional.linear(x.double(), weight.double(), bias.double())
+        torch.testing.assert_close(layer(x).double(), expected, rtol=2e-2, atol=2e-2)
+    before = layer.state_dict()
+    with pytest.raises(TypeError, match=r"cannot be made torch\.float64: its kernels have .*to_dense\(model\)"):
+        layer.double()
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), layer.state_dict().values(), strict=True))
+
+
 def test_large_weights_lie_in_large_pages():
     weight = with_zeros(1030, 2100)
     layer = SparseLinear.from_dense(weight)

@@ -1,5 +1,6 @@
 """A whole model made sparse, saved, loaded and made dense again."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -83,6 +84,21 @@ def test_bfloat16_values_keep_a_tied_head_tied(tmp_path):
     torch.testing.assert_close(outputs(again), expected, rtol=1e-2, atol=1e-3)
     back = to_dense(model)
     assert back.lm_head.weight is back.model.embed_tokens.weight and back.lm_head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("packed", [None, torch.bfloat16])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mixtral])
+def test_another_dtype_is_the_dense_models_too(make, packed):
+    options = {"n_embd": 64} if make is tiny_gpt2 else {"hidden_size": 64}
+    model = half_zero(make(**options))
+    expected = to_dense(to_sparse(copy.deepcopy(model), dtype=packed)).to(torch.float16)
+    other = to_sparse(model, dtype=packed).half()
+    torch.testing.assert_close(outputs(other), outputs(expected), rtol=1e-2, atol=1e-2)
+    back = to_dense(other)
+    assert {param.dtype for param in back.parameters()} == {torch.float16} == {outputs(back).dtype}
+    assert same_bits(weights(expected), weights(back))
+    with pytest.raises(TypeError, match=r"cannot be made torch\.float64"):
+        to_sparse(back).double()
 
 
 def test_what_stays_dense_is_said(caplog, monkeypatch):

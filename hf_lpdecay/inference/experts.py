@@ -45,7 +45,8 @@ class SparseExperts(nn.ModuleList):
     def __init__(self, weight: Tensor, dtype: torch.dtype, columns: bool, transposed: bool):
         options = {"columns": columns, "transposed": transposed}
         super().__init__(SparseMatrix.from_dense(matrix.to(dtype), **options) for matrix in weight)
-        self.dense_dtype = weight.dtype
+        for matrix in self:
+            matrix.dense_dtype = weight.dtype
         self.implementation: str | None = None
         self.handle: RemovableHandle | None = None  # of the hook that loads a dense parameter
 
@@ -104,5 +105,5 @@ def restore_experts(model: nn.Module) -> None:
             kept = kept or module.implementation
             delattr(parent, leaf)
             module.handle.remove()
-            setattr(parent, leaf, nn.Parameter(module.weight.to(module.dense_dtype)))
+            setattr(parent, leaf, nn.Parameter(module.weight.to(module[0].dense_dtype)))
             parent.config._experts_implementation = kept

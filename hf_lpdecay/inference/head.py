@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from . import kernels
 from .kernels import Weight
-from .sparse_linear import NO_TRAINING, needs_operator
+from .sparse_linear import NO_TRAINING, dtype_after, needs_operator
 from .speed import time_in_turn
 
 
@@ -42,6 +42,10 @@ class PackedHead(nn.Linear):
         bias = None if self.bias is None else self.bias.detach().to(x.dtype)
         return kernels.linear(kernel, weight, bias, x)
 
+    def _apply(self, fn, recurse=True):
+        self.dense_dtype = dtype_after(fn, self.dense_dtype, self.weight)
+        return super()._apply(fn, recurse)
+
 
 class CastEmbedding(nn.Embedding):
     """An embedding that shares a head's weight and gives activations of another type than that."""
@@ -55,6 +59,10 @@ class CastEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Look up `ids`, shape (...)."""
         return super().forward(ids).to(self.dense_dtype)
+
+    def _apply(self, fn, recurse=True):
+        self.dense_dtype = dtype_after(fn, self.dense_dtype, self.weight)
+        return super()._apply(fn, recurse)
 
 
 @torch.no_grad()

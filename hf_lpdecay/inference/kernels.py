@@ -58,6 +58,11 @@ class Weight(NamedTuple):
         """Number of rows."""
         return len(self.starts) - 1
 
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return int(self.starts[-1])
+
 
 class Kernel:
     """The compiled functions for one type of values.

@@ -1,13 +1,14 @@
 """`SparseLinear`: a linear layer whose weight is kept as positions and the values that are not zero."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .encoding import decode, encode
-from .kernels import Weight
+from .encoding import concatenate, decode, encode
+from .kernels import PADDING, Weight
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,16 +82,21 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
-        count = self.values.numel() - kernels.PADDING // self.values.element_size()
-        zeros = 1 - count / max(1, self.in_features * self.out_features)
+        zeros = 1 - self.packed.count / max(1, self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
             f" sparsity={zeros:.1%}, dtype={self.values.dtype}, positions={'columns' if self.columns else 'bits'}"
         )
 
     def _apply(self, fn, recurse=True):
+        self.dense_dtype = dtype_after(fn, self.dense_dtype, self.values)
         self._calls = {}  # they hold addresses
-        return super()._apply(fn, recurse)
+        itemsize = self.values.itemsize
+        super()._apply(fn, recurse)
+        if self.values.itemsize != itemsize:  # what follows the values is not as long as a kernel may read
+            values = self.values[: self.values.numel() - PADDING // itemsize]
+            self.values = concatenate([values, values.new_zeros(PADDING // values.itemsize)])
+        return self
 
     def __getstate__(self) -> dict[str, Any]:  # of copy and pickle
         return {**self.__dict__, "_calls": {}}
@@ -130,6 +136,26 @@ def needs_operator(x: Tensor) -> bool:
     """Whether torch must see the product: on another device, or where a model is compiled, exported or traced."""
     # An exported model's tensors are of a type of their own.
     return type(x) is not Tensor or not x.is_cpu or torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing()
+
+
+def dtype_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, like: Tensor) -> torch.dtype:
+    """What `module.to(...)` makes of a dtype.
+
+    Args:
+        fn (`Callable`): What it applies to each tensor.
+        dtype (`torch.dtype`): The dtype.
+        like (`torch.Tensor`): On the device.
+
+    Raises:
+        TypeError: If the kernels have not that type.
+    """
+    new = fn(like.new_empty(0, dtype=dtype)).dtype
+    if new not in DTYPES:
+        raise TypeError(
+            f"A sparse layer cannot be made {new}: its kernels have float32, bfloat16 and float16. Make the model dense"
+            " first, with hf_lpdecay.inference.to_dense(model)."
+        )
+    return new
 
 
 def _prepare(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> tuple:
