@@ -113,8 +113,12 @@ def test_state_dicts_of_dense_and_sparse_models_are_loaded(make):
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
 def test_training_names_the_way_back(make):
     model = to_sparse(half_zero(make()))
-    with pytest.raises(RuntimeError, match=r"to_dense\(model\) gives the dense model"):
-        model.train()
+    expected = outputs(model)
+    model.train()  # the whole of it, and refused at its first layer: no dropout without a message
+    assert all(module.training for module in model.modules())
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"with model\.eval\(\), and cannot be trained"):
+        outputs(model)
+    assert torch.equal(outputs(model.eval()), expected)
     inputs = torch.zeros(1, 3, model.config.hidden_size, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"to_dense\(model\) gives the dense model"):
         model.model.layers[0].mlp(inputs)

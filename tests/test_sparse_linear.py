@@ -192,8 +192,14 @@ def test_other_features_than_the_layers_are_refused_as_by_a_dense_one(width):
 
 def test_training_is_refused_with_the_way_back():
     layer = SparseLinear.from_dense(with_zeros(4, 6))
-    with pytest.raises(RuntimeError, match=r"to_dense\(model\) gives the dense model"):
-        layer.train()
+    layer.train()
+    for x in (torch.ones(2, 6), torch.ones(2, 6, device="meta")):
+        with (
+            torch.no_grad(),
+            pytest.raises(RuntimeError, match=r"model\.eval\(\), .*to_dense\(model\) gives the dense"),
+        ):
+            layer(x)
+    layer.eval()
     with pytest.raises(RuntimeError, match="cannot be trained"):
         layer(torch.ones(2, 6, requires_grad=True))
     with pytest.raises(TypeError, match=r"was given torch\.int64"):

@@ -37,7 +37,7 @@ class SparseLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.dense_dtype = weight.values.dtype  # of the layer that it replaces
         self._calls: dict[torch.dtype, tuple] = {}
-        super().train(False)
+        self.eval()
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None, **options: Any) -> "SparseLinear":
@@ -64,6 +64,8 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x`, shape (..., in)."""
+        if self.training:  # `train` itself must not raise: it would leave half of the model in the other mode
+            raise RuntimeError(NO_TRAINING)
         # Past torch's dispatcher, which takes as long as a small layer.
         if needs_operator(x):
             return torch.ops.hf_lpdecay.sparse_linear(x, *self.packed, self.bias)
@@ -73,12 +75,6 @@ class SparseLinear(nn.Module):
         if call is None:
             call = self._calls[x.dtype] = _prepare(self.packed, self.bias, x.dtype)
         return kernels.linear(*call[:3], x, call[3])
-
-    def train(self, mode: bool = True) -> "SparseLinear":
-        """Raise for the training mode: a sparse layer is for inference."""
-        if mode:
-            raise RuntimeError(NO_TRAINING)
-        return super().train(mode)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
@@ -127,8 +123,9 @@ class SparseLinear(nn.Module):
 
 
 NO_TRAINING = (
-    "A sparse layer is for inference and cannot be trained: hf_lpdecay.inference.to_dense(model) gives the dense model"
-    " back (or load the checkpoint again), and LpDecayConfig(freeze_zeros=True) keeps its zeros in training."
+    "A sparse layer is for inference, with model.eval(), and cannot be trained: hf_lpdecay.inference.to_dense(model)"
+    " gives the dense model back (or load the checkpoint again), and LpDecayConfig(freeze_zeros=True) keeps its zeros"
+    " in training."
 )
 
 
