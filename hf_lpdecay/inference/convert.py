@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..sparsity.report import count_nonzero
 from ..sparsity.selection import Modules, match_layers
 from .experts import SparseExperts, has_eager, match_experts, put_experts, restore_experts
-from .head import pack_head, unpack_head
+from .head import PackedHead, pack_head, unpack_head
 from .kernels import kernel_for
 from .sparse_linear import DTYPES, SparseLinear
 from .speed import MIN_SPARSITY, choose_encoding
@@ -33,7 +33,7 @@ def to_sparse(
     A layer is replaced only where that is faster on this machine, which is measured once for each shape; the others
     stay dense, such as those with few zeros. Outputs are those of the dense model but for rounding (sums are float32),
     and `save_pretrained` writes the ordinary dense checkpoint. `state_dict()` decodes every weight and
-    takes the dense model's memory. [`to_dense`] gives the dense model back.
+    takes the dense model's memory. [`to_dense`] gives the dense model back. Layers that are sparse already stay so.
 
     Args:
         model (`nn.Module`): Any model with `nn.Linear`, `Conv1D` or experts' 3-D parameters, on a CPU
@@ -65,7 +65,7 @@ def to_sparse(
     layers = {
         name: module
         for name, module in match_layers(model, target_modules, exclude_modules).items()
-        if not keeps_float32(model, name)
+        if not keeps_float32(model, name) and not isinstance(module, PackedHead)
     }
     experts = match_experts(model, target_modules, exclude_modules)
     check_adapters(model, [*layers, *experts])

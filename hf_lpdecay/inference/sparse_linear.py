@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sparsity.report import count_nonzero
+from ..sparsity.selection import PackedWeight
 from . import kernels
 from .encoding import concatenate, decode, encode
 from .kernels import PADDING, Weight
@@ -14,7 +16,7 @@ from .kernels import PADDING, Weight
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(nn.Module, PackedWeight):
     """A linear layer for inference that takes the memory, and the time, of its values that are not zero.
 
     Its state dict holds the dense `weight`, as the layer's that it replaces: what `save_pretrained` writes is the
@@ -61,6 +63,16 @@ class SparseLinear(nn.Module):
         """The dense weight, decoded anew each time: for code that looks at a layer's weight, not for computing."""
         weight = decode(self.packed)
         return weight.t().contiguous() if self.transposed else weight
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of `weight`."""
+        shape = self.out_features, self.in_features
+        return shape[::-1] if self.transposed else shape
+
+    def count_nonzero(self) -> int:
+        """How many values are not zero; -0.0, which is kept, is zero here."""
+        return int(count_nonzero(self.values))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x`, shape (..., in)."""
