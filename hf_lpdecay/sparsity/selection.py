@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -269,9 +270,10 @@ def _matches(patterns: Modules, name: str) -> bool:
 
 def _head_and_adapter_names(model: nn.Module) -> set[str]:
     left_out = set()
-    if isinstance(model, PreTrainedModel):
-        output = model.get_output_embeddings()
-        base = model.base_model
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(whole, PreTrainedModel):
+        output = whole.get_output_embeddings()
+        base = whole.base_model
         inside = {id(module) for module in base.modules()}
         for name, module in model.named_modules():
             if module is output:  # which PEFT may have wrapped
