@@ -10,7 +10,10 @@ import torch
 from conftest import tiny_bert, tiny_llama
 from huggingface_hub import ModelCard
 from processes import run_in_processes, succeed
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_lpdecay import measure_sparsity
 from hf_lpdecay.card import make_card, read_record
@@ -65,6 +68,17 @@ def test_every_token_is_counted_once_with_the_context_that_was_promised(language
     if stride is None:
         windows = [tokens[i : i + 16] for i in range(0, len(tokens) - 15, 16)]
         assert found.perplexity == pytest.approx(perplexity(model, windows), rel=1e-9)
+
+
+@pytest.mark.parametrize("context_length, stride", [(2, 2), (8, 8), (8, 3), (32, 32), (128, 128)])
+def test_words_that_are_tokens_have_the_perplexity_of_tokens(context_length, stride):
+    vocabulary = {f"w{i}": i for i in range(64)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    text = " ".join(f"w{i * i % 61}" for i in range(300))
+    found = text_loss(tiny_llama(max_position_embeddings=128), tokenizer, text, context_length, stride)
+    assert found.words == found.tokens.sum() and found.word_perplexity == found.perplexity
 
 
 def test_a_stride_or_text_that_does_not_fit_is_refused(language_model):

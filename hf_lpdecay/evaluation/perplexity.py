@@ -21,7 +21,8 @@ class TextLoss:
         losses (`torch.Tensor`): Negative log-likelihood of each window's counted tokens, in nats, summed; float64,
             shape (windows,).
         tokens (`torch.Tensor`): How many tokens of each window are counted, shape (windows,).
-        words (`int`): Words of the counted text, split at white space.
+        words (`int`): Words of the counted tokens: of those of the text that was read, split at white space, as large a
+            share as of its tokens, since the first token of a window may be the middle of a word.
         context_length (`int`): Tokens per window.
         stride (`int`): Tokens from the start of one window to the next.
     """
@@ -117,7 +118,8 @@ def text_loss(
     windows = [tokens[start : start + context_length] for start in starts]
     counted = [context_length - 1] + [min(stride, context_length - 1)] * (len(starts) - 1)
     losses = window_losses(model, windows, counted, batch_size, desc)
-    words = len(tokenizer.decode(tokens[: starts[-1] + context_length]).split())
+    read = tokens[: starts[-1] + context_length]
+    words = max(1, round(len(tokenizer.decode(read).split()) * sum(counted) / len(read)))
     return TextLoss(losses, torch.tensor(counted), words, context_length, stride)
 
 
