@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_bert, tiny_llama
+from conftest import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from huggingface_hub import ModelCard
 from processes import run_in_processes, succeed
 from tokenizers import Tokenizer
@@ -87,6 +87,14 @@ def test_a_stride_or_text_that_does_not_fit_is_refused(language_model):
         text_loss(model, tokenizer, "some text", context_length=16, stride=17)
     with pytest.raises(ValueError, match=r"tokens, fewer than a window of context_length=1024"):
         text_loss(model, tokenizer, "some text")
+    for other in (tiny_bert(), tiny_t5()):
+        with pytest.raises(ValueError, match=f"{type(other).__name__} does not predict the next token"):
+            text_loss(other, tokenizer, "some text", context_length=16)
+    with pytest.raises(
+        ValueError, match="A window of 65 tokens takes 65 positions, and the model has embeddings for 64"
+    ):
+        perplexity(tiny_gpt2(), [[1] * 65])
+    assert perplexity(tiny_gpt2(), [[1] * 64]) > 0 and perplexity(tiny_llama(), [[1] * 65]) > 0  # rotary: no end
 
 
 def run(models, tmp_path, *flags):
