@@ -134,9 +134,10 @@ def _eval(options: argparse.Namespace) -> Result:
     In float32, with a 95 % interval from drawing windows anew.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from .evaluation import text_loss
+    from .evaluation.causal import load_causal
 
     text = Path(options.file).read_text(encoding="utf-8")
     if options.sparse:
@@ -146,7 +147,7 @@ def _eval(options: argparse.Namespace) -> Result:
         model = load_sparse(folder, dtype=torch.float32)
     else:
         folder = options.folder
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = load_causal(folder, torch.float32)
         if torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -84,7 +84,7 @@ def frozen_llama(dtype: torch.dtype = torch.float32, make=tiny_llama, **options)
 def tiny_gpt2(**overrides) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     options = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, **{**options, **overrides}))
+    return GPT2LMHeadModel(GPT2Config(**{"vocab_size": VOCAB, **options, **overrides}))
 
 
 def tiny_bert(vocab_size: int = VOCAB) -> BertForSequenceClassification:

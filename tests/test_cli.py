@@ -116,6 +116,28 @@ def test_wrong_input_is_refused_with_exit_code_2(tmp_path, capsys):
     assert stop.value.code == 2
 
 
+def test_a_model_that_is_too_short_or_of_another_task_is_refused(language_model, text_files, tmp_path, capsys):
+    def refused(command, *flags):
+        options = ["--prompt", "def"] if command == "generate" else ["--file", text_files[3], "--max_windows", "2"]
+        assert cli.main([command, str(tmp_path), *options, *flags]) == 2
+        return capsys.readouterr().err
+
+    AutoTokenizer.from_pretrained(language_model).save_pretrained(tmp_path)
+    tiny_gpt2(vocab_size=512).save_pretrained(tmp_path)
+    limit = "positions, and the model has embeddings for 64 (max_position_embeddings): take less"
+    assert f"context_length=65 takes 65 {limit}" in refused("eval", "--context_length", "65")
+    for flag in ("--sparse", "--dense"):
+        found = refused("generate", flag, "--max_new_tokens", "65")
+        assert f"A prompt of 1 tokens and max_new_tokens=65 takes 65 {limit}" in found
+        assert cli.main(["generate", str(tmp_path), "--prompt", "def", flag, "--max_new_tokens", "64"]) == 0
+    tiny_bert(vocab_size=512).save_pretrained(tmp_path)
+    assert "BertForSequenceClassification does not predict the next" in refused("eval", "--sparse")
+    assert "holds a BertForSequenceClassification, which cannot generate" in refused("generate", "--sparse")
+    for command, flag in (("eval", "--json"), ("generate", "--dense")):
+        found = refused(command, flag)
+        assert "lacks 6 weights of a BertLMHeadModel, such as cls.predictions.bias, which would be random" in found
+
+
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["report", "--help"])

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_bert, tiny_llama
+from conftest import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from huggingface_hub import ModelCard
 from processes import run_in_processes, succeed
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_lpdecay import measure_sparsity
 from hf_lpdecay.card import make_card, read_record
@@ -67,12 +70,31 @@ def test_every_token_is_counted_once_with_the_context_that_was_promised(language
         assert found.perplexity == pytest.approx(perplexity(model, windows), rel=1e-9)
 
 
+@pytest.mark.parametrize("context_length, stride", [(2, 2), (8, 8), (8, 3), (32, 32), (128, 128)])
+def test_words_that_are_tokens_have_the_perplexity_of_tokens(context_length, stride):
+    vocabulary = {f"w{i}": i for i in range(64)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    text = " ".join(f"w{i * i % 61}" for i in range(300))
+    found = text_loss(tiny_llama(max_position_embeddings=128), tokenizer, text, context_length, stride)
+    assert found.words == found.tokens.sum() and found.word_perplexity == found.perplexity
+
+
 def test_a_stride_or_text_that_does_not_fit_is_refused(language_model):
     model, tokenizer = tiny_llama(vocab_size=512), AutoTokenizer.from_pretrained(language_model)
     with pytest.raises(ValueError, match=r"Invalid stride=17 for context_length=16"):
         text_loss(model, tokenizer, "some text", context_length=16, stride=17)
     with pytest.raises(ValueError, match=r"tokens, fewer than a window of context_length=1024"):
         text_loss(model, tokenizer, "some text")
+    for other in (tiny_bert(), tiny_t5()):
+        with pytest.raises(ValueError, match=f"{type(other).__name__} does not predict the next token"):
+            text_loss(other, tokenizer, "some text", context_length=16)
+    with pytest.raises(
+        ValueError, match="A window of 65 tokens takes 65 positions, and the model has embeddings for 64"
+    ):
+        perplexity(tiny_gpt2(), [[1] * 65])
+    assert perplexity(tiny_gpt2(), [[1] * 64]) > 0 and perplexity(tiny_llama(), [[1] * 65]) > 0  # rotary: no end
 
 
 def run(models, tmp_path, *flags):

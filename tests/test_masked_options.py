@@ -4,12 +4,12 @@ import functools
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import tiny_llama, weights
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from test_adapters import LORA, logits, sparse
-from test_masked_lora import masked, zeros
+from test_masked_lora import masked, masked_layers, zeros
 
-from hf_lpdecay import mask_lora, merge_sparse
+from hf_lpdecay import load_masked_lora, mask_lora, merge_sparse
 from hf_lpdecay.training import masked_lora, merge_cost
 
 
@@ -29,6 +29,49 @@ def test_lora_that_could_not_be_merged_exactly_is_refused(options, message):
     for function in (mask_lora, merge_sparse):
         with pytest.raises(ValueError, match=message):
             function(model)
+
+
+def test_a_second_masked_adapter_is_loaded_beside_the_first(tmp_path):
+    for name, factor in (("first", 1.0), ("second", 2.0)):
+        made = masked()
+        with torch.no_grad():
+            for layer in masked_layers(made).values():
+                layer.lora_B["default"].weight.mul_(factor)
+        made.save_pretrained(tmp_path / name)
+    expected = {name: logits(load_masked_lora(sparse(), tmp_path / name)) for name in ("first", "second")}
+    assert not torch.equal(*expected.values())
+    model = load_masked_lora(sparse(), tmp_path / "first")
+    frozen = weights(model)
+    assert load_masked_lora(model, tmp_path / "second", adapter_name="second") is model
+    assert model.active_adapters == ["default"] and torch.equal(logits(model), expected["first"])
+    assert not any(param.requires_grad for param in model.parameters()) and frozen.keys() < weights(model).keys()
+    model.set_adapter("second")
+    assert torch.equal(logits(model), expected["second"])
+    records = [config.lp_masked_layers for config in model.peft_config.values()]
+    assert len(records) == 2 and records[0] == records[1] and len(records[0]) == 14
+    model.save_pretrained(tmp_path / "both")
+    again = load_masked_lora(sparse(), tmp_path / "both" / "second", is_trainable=True)
+    assert torch.equal(logits(again), expected["second"])
+    load_masked_lora(again, tmp_path / "first", adapter_name="first", is_trainable=True)
+    assert torch.equal(logits(again), expected["second"])
+    assert torch.allclose(logits(again.merge_and_unload()), expected["second"], atol=1e-5)
+
+
+def test_a_second_masked_adapter_of_another_base_is_refused_and_gone(tmp_path):
+    masked().save_pretrained(tmp_path / "other")
+    get_peft_model(sparse(), LoraConfig(**LORA)).save_pretrained(tmp_path / "plain")
+    base = sparse()
+    base.model.layers[0].mlp.up_proj.weight.data[0].zero_()
+    model = mask_lora(get_peft_model(base, LoraConfig(**LORA)))
+    before = logits(model)
+    for folder, options, message in (
+        ("other", {"adapter_name": "b"}, r"The adapter 'b' was trained on a base with other zeros: in 1 of 14"),
+        ("plain", {"adapter_name": "b"}, "was not saved masked"),
+        ("other", {}, "The model has an adapter 'default': give the new one another name, with adapter_name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_masked_lora(model, tmp_path / folder, **options)
+        assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
 
 
 def test_a_base_that_cannot_be_dequantized_is_named(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_llama, trainer_for
+from conftest import tiny_gpt2, tiny_llama, tiny_mixtral, trainer_for
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
@@ -66,6 +66,46 @@ def test_a_layer_without_any_rank_keeps_one_that_is_zero(tmp_path):
     torch.testing.assert_close(logits(model), before)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), before)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"alpha_pattern": {"down_proj": 64}},
+        {"rank_pattern": {"down_proj": 16}},
+        {"rank_pattern": {r".*\.1\..*": 6}, "alpha_pattern": {"layers.0.self_attn.q_proj": 3, "q_proj": 5}},
+        {"rank_pattern": {"embed_tokens": 3}, "target_modules": ["embed_tokens", "q_proj"]},
+    ],
+)
+def test_the_users_own_patterns_do_not_reach_the_trimmed_layers(tmp_path, patterns):
+    options = {"target_modules": "all-linear", "init_lora_weights": False, **patterns}
+    model = with_lora(tiny_llama(tie_word_embeddings=False), **options)
+    for name, layer in layers(model).items():
+        if name.endswith("q_proj") or "0.mlp.down_proj" in name:  # the others stay as they are
+            layer.lora_A["default"].weight.data[2:5] = 0.0
+    before = logits(model)
+    trim_rank(model)
+    torch.testing.assert_close(logits(model), before)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(tie_word_embeddings=False), tmp_path)
+    torch.testing.assert_close(logits(loaded), before)
+    assert all(layer.r == layers(model)[name].r for name, layer in layers(loaded).items())
+
+
+def test_without_anything_to_trim_the_config_stays(tmp_path):
+    model = with_lora(tiny_llama(), target_modules=["q_proj"], init_lora_weights=False, alpha_pattern={"q_proj": 3})
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj"]))  # which is not active
+    trim_rank(model)
+    assert model.peft_config["default"].alpha_pattern == {"q_proj": 3}
+    assert model.peft_config["default"].rank_pattern == {} == model.peft_config["second"].rank_pattern
+
+
+def test_lora_on_experts_is_refused():
+    model = with_lora(tiny_mixtral(), target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(ValueError, match=r"experts has it on a parameter, .* leave it out of target_modules and"):
+        trim_rank(model)
+    with pytest.raises(ValueError, match="is for LoRA on linear layers"):
+        participants(model, LpDecayConfig(target_sparsity=0.5, pattern="rank"))
 
 
 def test_without_lora_it_is_refused():

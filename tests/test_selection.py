@@ -61,6 +61,24 @@ def test_what_starts_at_zero_is_refused_by_name_and_left_out_of_all_linear():
 
 
 @pytest.mark.parametrize(
+    "make, options",
+    [
+        (lambda: tiny_llama(tie_word_embeddings=False), {"target_modules": ["q_proj"]}),
+        (lambda: tiny_llama(tie_word_embeddings=False), {"target_modules": ["q_proj", "lm_head"]}),
+        (lambda: tiny_llama(tie_word_embeddings=False), {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        (tiny_llama, {"target_modules": ["q_proj"]}),
+        (tiny_gpt2, {"target_modules": ["c_fc"], "fan_in_fan_out": True}),
+        (tiny_bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+        (tiny_bert, {"target_modules": ["query", "classifier"]}),
+    ],
+)
+def test_the_head_of_a_peft_model_is_left_out_too(make, options):
+    model = get_peft_model(make(), LoraConfig(r=2, **options))
+    names = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in match_parameters(model)}
+    assert names == set(match_parameters(make()))
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
         ({"target_modules": ["q_prj"]}, r"matches no linear layer. Did you mean 'q_proj'\?"),

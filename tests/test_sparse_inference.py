@@ -8,17 +8,18 @@ import sys
 
 import pytest
 import torch
-from conftest import same_bits, tiny_gpt2, tiny_llama, tiny_mixtral
+from conftest import same_bits, tiny_gpt2, tiny_llama, tiny_mixtral, trainer_for
 from safetensors.torch import load_file, save_file
 from test_experts import tiny_gpt_oss
 from test_to_sparse import every_layer_is_faster, half_zero, outputs  # noqa: F401 (a fixture)
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
-from hf_lpdecay import load_sparse, native, pack, to_sparse
+from hf_lpdecay import LpDecayConfig, load_sparse, measure_sparsity, native, pack, to_semi_structured, to_sparse
 from hf_lpdecay.evaluation import lm_eval_scores
 from hf_lpdecay.inference import SparseLinear, kernels, names, to_dense
 from hf_lpdecay.inference.experts import SparseExperts
+from hf_lpdecay.sparsity import select_parameters
 
 
 TASK = """
@@ -113,11 +114,45 @@ def test_state_dicts_of_dense_and_sparse_models_are_loaded(make):
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
 def test_training_names_the_way_back(make):
     model = to_sparse(half_zero(make()))
-    with pytest.raises(RuntimeError, match=r"to_dense\(model\) gives the dense model"):
-        model.train()
+    expected = outputs(model)
+    model.train()  # the whole of it, and refused at its first layer: no dropout without a message
+    assert all(module.training for module in model.modules())
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"with model\.eval\(\), and cannot be trained"):
+        outputs(model)
+    assert torch.equal(outputs(model.eval()), expected)
     inputs = torch.zeros(1, 3, model.config.hidden_size, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"to_dense\(model\) gives the dense model"):
         model.model.layers[0].mlp(inputs)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mixtral, tiny_gpt_oss])
+def test_a_sparse_model_is_measured_as_the_dense_one(make, tmp_path):
+    model = half_zero(make())
+    next(iter(select_parameters(model).values())).data.view(-1)[:3] = -0.0
+    few = next(name for name in select_parameters(model) if "o_proj" in name or "c_proj" in name)
+    model.get_parameter(few).data.fill_(1.0)  # which stays dense
+    model.save_pretrained(tmp_path)
+    by_name = lambda report: {tensor.name: tensor for tensor in report.tensors}  # noqa: E731
+    expected = measure_sparsity(model)
+    for sparse in (to_sparse(model), load_sparse(tmp_path), to_sparse(model)):  # the last a second time
+        assert few in dict(sparse.named_parameters())
+        found = measure_sparsity(sparse)
+        assert by_name(found) == by_name(expected) and found.sparsity == expected.sparsity > 0.5
+    modules = ["down_proj", "c_fc"]
+    assert by_name(measure_sparsity(model, modules)) == by_name(measure_sparsity(to_dense(model), modules))
+
+
+def test_a_sparse_model_is_left_alone_or_named(tmp_path):
+    model = to_sparse(half_zero(tiny_llama()))
+    kept, expected = list(model.modules()), outputs(model)
+    assert list(to_sparse(model, dtype=torch.bfloat16).modules()) == kept and torch.equal(outputs(model), expected)
+    for refused in (select_parameters, lambda model: trainer_for(tmp_path, LpDecayConfig(lp_lambda=0.1), model=model)):
+        with pytest.raises(ValueError, match=r"matches sparse layers of to_sparse only, .*to_dense\(model\) gives"):
+            refused(model)
+    with pytest.raises(ValueError, match=r"matches no dense nn\.Linear, and only these can be 2:4"):
+        to_semi_structured(model)
+    with pytest.raises(ValueError, match=r"'up_prj'\] matches no linear layer\. Did you mean 'up_proj'"):
+        measure_sparsity(model, ["up_prj"])
 
 
 def test_experts_that_are_computed_otherwise_stay_dense(monkeypatch, caplog):

@@ -4,6 +4,7 @@ import copy
 import math
 import mmap
 import pickle
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from hf_lpdecay.inference import SparseLinear, encoding, kernels
 from hf_lpdecay.inference.encoding import decode_slowly, encode, pad_rows, to_columns
+from hf_lpdecay.inference.head import PackedHead
 from hf_lpdecay.inference.kernels import INSTRUCTION_SETS, PADDING, kernel_for
 
 
@@ -122,6 +124,26 @@ def test_strided_activations_threads_copies_and_pickles():
     assert "sparsity=" in repr(layer) and len(layer.values) < 2048 * 96 * 0.52 + PADDING
 
 
+@pytest.mark.parametrize("columns", [False, True])
+def test_another_dtype_keeps_the_padding_and_is_what_the_dense_layer_would_have(columns):
+    weight, bias = with_zeros(5, 70), torch.randn(5)
+    layer = SparseLinear.from_dense(weight, bias, columns=columns)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16, torch.float32):
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        layer.to(dtype)
+        count = layer.packed.count
+        assert layer.values[count:].nbytes == PADDING and not layer.values[count:].any()
+        assert torch.equal(decode_slowly(layer.packed), weight) and torch.equal(layer.weight, weight)
+        assert torch.equal(layer.bias, bias) and layer.dense_dtype == dtype
+        x = torch.randn(3, 70, dtype=dtype)
+        expected = nn.functional.linear(x.double(), weight.double(), bias.double())
+        torch.testing.assert_close(layer(x).double(), expected, rtol=2e-2, atol=2e-2)
+    before = layer.state_dict()
+    with pytest.raises(TypeError, match=r"cannot be made torch\.float64: its kernels have .*to_dense\(model\)"):
+        layer.double()
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), layer.state_dict().values(), strict=True))
+
+
 def test_large_weights_lie_in_large_pages():
     weight = with_zeros(1030, 2100)
     layer = SparseLinear.from_dense(weight)
@@ -140,16 +162,44 @@ def test_compiled_exported_and_traced_by_the_operator():
     expected = layer(x)
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
     assert torch.equal(torch.export.export(layer, (x,)).module()(x), expected)
-    arguments = (x, layer.positions, layer.values, layer.starts, layer.bias, False)
+    traced = torch.jit.trace(layer, x)
+    assert torch.equal(traced(x), expected) and torch.equal(traced(2 * x), layer(2 * x))
+    arguments = (x, *layer.packed, layer.bias)
     torch.library.opcheck(
         torch.ops.hf_lpdecay.sparse_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
 
 
+@pytest.mark.parametrize("width", [0, 7, 32, 34, 33 * 64])
+def test_other_features_than_the_layers_are_refused_as_by_a_dense_one(width):
+    dense = nn.Linear(33, 20)
+    x = torch.randn(2, 3, width)
+    with pytest.raises(RuntimeError) as raised:
+        dense(x)
+    message = re.escape(str(raised.value))
+    for columns in (False, True):
+        layer = SparseLinear.from_dense(with_zeros(20, 33), columns=columns)
+        with pytest.raises(RuntimeError, match=message):
+            layer(x)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.hf_lpdecay.sparse_linear(x, *layer.packed, None)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.hf_lpdecay.sparse_linear(x.to("meta"), *(t.to("meta") for t in layer.packed[:3]), 33, False, None)
+    packed = PackedHead(dense.weight, None, torch.float32)
+    with pytest.raises(RuntimeError, match=message):
+        packed(x)
+
+
 def test_training_is_refused_with_the_way_back():
     layer = SparseLinear.from_dense(with_zeros(4, 6))
-    with pytest.raises(RuntimeError, match=r"to_dense\(model\) gives the dense model"):
-        layer.train()
+    layer.train()
+    for x in (torch.ones(2, 6), torch.ones(2, 6, device="meta")):
+        with (
+            torch.no_grad(),
+            pytest.raises(RuntimeError, match=r"model\.eval\(\), .*to_dense\(model\) gives the dense"),
+        ):
+            layer(x)
+    layer.eval()
     with pytest.raises(RuntimeError, match="cannot be trained"):
         layer(torch.ones(2, 6, requires_grad=True))
     with pytest.raises(TypeError, match=r"was given torch\.int64"):

@@ -1,5 +1,6 @@
 """A whole model made sparse, saved, loaded and made dense again."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -7,11 +8,12 @@ import shutil
 import pytest
 import torch
 from conftest import same_bits, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5, weights
+from peft import LoraConfig, get_peft_model
 from test_experts import tiny_gpt_oss
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_lpdecay import cli, load_sparse, pack, to_sparse
+from hf_lpdecay import cli, load_sparse, mask_lora, merge_sparse, pack, to_sparse
 from hf_lpdecay.inference import SparseLinear, convert, head, kernels, loading, speed, to_dense
 from hf_lpdecay.sparsity import select_parameters
 
@@ -84,6 +86,21 @@ def test_bfloat16_values_keep_a_tied_head_tied(tmp_path):
     assert back.lm_head.weight is back.model.embed_tokens.weight and back.lm_head.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("packed", [None, torch.bfloat16])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mixtral])
+def test_another_dtype_is_the_dense_models_too(make, packed):
+    options = {"n_embd": 64} if make is tiny_gpt2 else {"hidden_size": 64}
+    model = half_zero(make(**options))
+    expected = to_dense(to_sparse(copy.deepcopy(model), dtype=packed)).to(torch.float16)
+    other = to_sparse(model, dtype=packed).half()
+    torch.testing.assert_close(outputs(other), outputs(expected), rtol=1e-2, atol=1e-2)
+    back = to_dense(other)
+    assert {param.dtype for param in back.parameters()} == {torch.float16} == {outputs(back).dtype}
+    assert same_bits(weights(expected), weights(back))
+    with pytest.raises(TypeError, match=r"cannot be made torch\.float64"):
+        to_sparse(back).double()
+
+
 def test_what_stays_dense_is_said(caplog, monkeypatch):
     model = half_zero(tiny_llama())
     model.model.layers[0].mlp.up_proj.weight.data.fill_(1.0)
@@ -115,6 +132,29 @@ def test_bad_input_is_refused_and_nothing_changes():
     with pytest.raises(ValueError, match="q_proj is on meta"):
         to_sparse(tiny_llama().to("meta"))
     assert not any(isinstance(module, SparseLinear) for module in model.modules())
+
+
+def test_a_layer_with_an_adapter_is_refused_until_it_is_merged():
+    options = {"r": 2, "init_lora_weights": False}
+    experts = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"], **options}
+    for make, config, named in (
+        (tiny_llama, LoraConfig(target_modules=["q_proj"], **options), r"q_proj\.base_layer is the base of a Linear"),
+        (tiny_gpt2, LoraConfig(target_modules=["c_fc"], **options), r"c_fc\.base_layer is the base of a Linear"),
+        (tiny_mixtral, LoraConfig(**experts), r"experts\.base_layer\.\S+ is the base of a ParamWrapper"),
+    ):
+        model = get_peft_model(half_zero(make()), config)
+        with pytest.raises(ValueError, match=f"{named} of PEFT.*merge the adapter first"):
+            to_sparse(model)
+        with pytest.raises(ValueError, match=r"is the base of a Masked\w+ of PEFT"):
+            to_sparse(mask_lora(model).get_base_model())
+        assert not any(isinstance(module, SparseLinear) for module in model.modules())
+        merged = merge_sparse(model)
+        expected = outputs(merged)
+        torch.testing.assert_close(outputs(to_sparse(merged)), expected, rtol=1e-4, atol=1e-5)
+    model = get_peft_model(half_zero(tiny_llama()), LoraConfig(target_modules=["q_proj"], **options)).eval()
+    expected = outputs(model)
+    torch.testing.assert_close(outputs(to_sparse(model, exclude_modules=["q_proj"])), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_damaged_archive_and_a_missing_one(tmp_path):

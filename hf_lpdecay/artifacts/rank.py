@@ -13,8 +13,8 @@ def trim_rank(model: PeftModel) -> PeftModel:
     """Cut the ranks that are zero out of LoRA adapters, each layer to its own rank.
 
     After a training with ``pattern="rank"``, where with ``scope="global"`` every layer finds a rank of its own. The
-    adapter's config says the ranks in `rank_pattern` and `alpha_pattern`, so that plain PEFT loads it. PEFT knows no
-    rank of 0: a layer without any keeps one that is zero.
+    adapter's config then says the rank and alpha of every layer in `rank_pattern` and `alpha_pattern`, in place of what
+    these said before, so that plain PEFT loads it. PEFT knows no rank of 0: a layer without any keeps one that is zero.
 
     Args:
         model (`PeftModel`): With LoRA on linear layers. Its active adapters are changed in place.
@@ -23,7 +23,7 @@ def trim_rank(model: PeftModel) -> PeftModel:
         `PeftModel`: The same model; its outputs are what they were.
 
     Raises:
-        ValueError: If there is no LoRA.
+        ValueError: If there is no LoRA, or LoRA on parameters or convolutions. Nothing is changed then.
 
     Example:
 
@@ -32,10 +32,10 @@ def trim_rank(model: PeftModel) -> PeftModel:
     ```
     """
     units = {id(each.params[0]): each for each in find_units(model, "rank")}
-    for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        for adapter in layer.active_adapters:
+    layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    trimmed = set()
+    for layer in layers.values():
+        for adapter in (adapter for adapter in layer.active_adapters if adapter in layer.lora_A):
             a, b = layer.lora_A[adapter], layer.lora_B[adapter]
             count = units[id(a.weight)].count
             used = (a.weight.any(1) & b.weight.any(0)).nonzero().view(-1)
@@ -47,10 +47,14 @@ def trim_rank(model: PeftModel) -> PeftModel:
             a.weight = nn.Parameter(a.weight[used].clone(), requires_grad=a.weight.requires_grad)
             b.weight = nn.Parameter(b.weight[:, used].clone(), requires_grad=b.weight.requires_grad)
             a.out_features = b.in_features = layer.r[adapter] = len(used)
-            config = model.peft_config[adapter]
             # What PEFT computes when it loads the adapter must be the scaling that there is now.
-            scaling = layer.scaling[adapter]
-            layer.lora_alpha[adapter] = scaling * (len(used) ** 0.5 if config.use_rslora else len(used))
-            config.rank_pattern = {**config.rank_pattern, name: len(used)}
-            config.alpha_pattern = {**config.alpha_pattern, name: layer.lora_alpha[adapter]}
+            scaling, rslora = layer.scaling[adapter], model.peft_config[adapter].use_rslora
+            layer.lora_alpha[adapter] = scaling * (len(used) ** 0.5 if rslora else len(used))
+            trimmed.add(adapter)
+    for adapter in trimmed:
+        # PEFT takes the first key that matches: none may be left that matches several layers, or the end of a name.
+        own = {f"^{name}": layer for name, layer in layers.items() if adapter in layer.r}
+        config = model.peft_config[adapter]
+        config.rank_pattern = {key: layer.r[adapter] for key, layer in own.items()}
+        config.alpha_pattern = {key: layer.lora_alpha[adapter] for key, layer in own.items()}
     return model

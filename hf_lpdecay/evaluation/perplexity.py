@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..sparsity.sharding import several_processes
+from .causal import check_causal, check_length
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class TextLoss:
         losses (`torch.Tensor`): Negative log-likelihood of each window's counted tokens, in nats, summed; float64,
             shape (windows,).
         tokens (`torch.Tensor`): How many tokens of each window are counted, shape (windows,).
-        words (`int`): Words of the counted text, split at white space.
+        words (`int`): Words of the counted tokens: of those of the text that was read, split at white space, as large a
+            share as of its tokens, since the first token of a window may be the middle of a word.
         context_length (`int`): Tokens per window.
         stride (`int`): Tokens from the start of one window to the next.
     """
@@ -99,7 +101,8 @@ def text_loss(
         `TextLoss`: Losses, and all that a perplexity needs to be said with.
 
     Raises:
-        ValueError: If the text is shorter than a window, or the stride does not fit.
+        ValueError: If the text is shorter than a window, the stride does not fit, the model is no causal language model
+            or has fewer positions than a window has tokens.
     """
     stride = context_length if stride is None else stride
     if not 0 < stride <= context_length or context_length < 2:
@@ -107,6 +110,8 @@ def text_loss(
             f"Invalid stride={stride} for context_length={context_length}: should be between 1 and the context length,"
             " which should be 2 or more."
         )
+    check_causal(model)
+    check_length(model, context_length, f"context_length={context_length}")
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     starts = list(range(0, len(tokens) - context_length + 1, stride))[:max_windows]
     if not starts:
@@ -117,7 +122,8 @@ def text_loss(
     windows = [tokens[start : start + context_length] for start in starts]
     counted = [context_length - 1] + [min(stride, context_length - 1)] * (len(starts) - 1)
     losses = window_losses(model, windows, counted, batch_size, desc)
-    words = len(tokenizer.decode(tokens[: starts[-1] + context_length]).split())
+    read = tokens[: starts[-1] + context_length]
+    words = max(1, round(len(tokenizer.decode(read).split()) * sum(counted) / len(read)))
     return TextLoss(losses, torch.tensor(counted), words, context_length, stride)
 
 
@@ -139,13 +145,15 @@ def perplexity(
         `float`: ``exp`` of the mean negative log-likelihood in nats per token.
 
     Raises:
-        ValueError: If there is no window, or they differ in length or have fewer than 2 tokens.
+        ValueError: If there is no window, or they differ in length, have fewer than 2 tokens or more than the model
+            has positions.
     """
     lengths = sorted({len(window) for window in windows})
     if len(lengths) != 1 or lengths[0] < 2:
         raise ValueError(
             f"{len(windows)} windows of lengths {lengths}: give at least one, all equally long and of 2 or more tokens."
         )
+    check_length(model, lengths[0], f"A window of {lengths[0]} tokens")
     losses = window_losses(model, windows, [lengths[0] - 1] * len(windows), batch_size, desc)
     return math.exp(losses.sum().item() / (len(windows) * (lengths[0] - 1)))
 

@@ -1,8 +1,10 @@
 """`to_sparse`: a model whose linear layers take the memory and the time of their values that are not zero."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -10,7 +12,7 @@ from transformers.utils import logging
 from ..sparsity.report import count_nonzero
 from ..sparsity.selection import Modules, match_layers
 from .experts import SparseExperts, has_eager, match_experts, put_experts, restore_experts
-from .head import pack_head, unpack_head
+from .head import PackedHead, pack_head, unpack_head
 from .kernels import kernel_for
 from .sparse_linear import DTYPES, SparseLinear
 from .speed import MIN_SPARSITY, choose_encoding
@@ -31,7 +33,7 @@ def to_sparse(
     A layer is replaced only where that is faster on this machine, which is measured once for each shape; the others
     stay dense, such as those with few zeros. Outputs are those of the dense model but for rounding (sums are float32),
     and `save_pretrained` writes the ordinary dense checkpoint. `state_dict()` decodes every weight and
-    takes the dense model's memory. [`to_dense`] gives the dense model back.
+    takes the dense model's memory. [`to_dense`] gives the dense model back. Layers that are sparse already stay so.
 
     Args:
         model (`nn.Module`): Any model with `nn.Linear`, `Conv1D` or experts' 3-D parameters, on a CPU
@@ -48,8 +50,8 @@ def to_sparse(
         `nn.Module`: The same model, in evaluation mode, its parameters frozen.
 
     Raises:
-        ValueError: If nothing matches, a layer has another type, is quantized or not of this device. Nothing is changed
-            then.
+        ValueError: If nothing matches, a layer has another type, an adapter, is quantized or not of this device.
+            Nothing is changed then.
 
     Example:
 
@@ -63,11 +65,12 @@ def to_sparse(
     layers = {
         name: module
         for name, module in match_layers(model, target_modules, exclude_modules).items()
-        if not keeps_float32(model, name)
+        if not keeps_float32(model, name) and not isinstance(module, PackedHead)
     }
+    experts = match_experts(model, target_modules, exclude_modules)
+    check_adapters(model, [*layers, *experts])
     for name, module in layers.items():
         check_layer(name, module)
-    experts = match_experts(model, target_modules, exclude_modules)
     for name in experts:
         check_weight(name, model.get_parameter(name))
     weights = [module.weight for module in layers.values()] + [model.get_parameter(name) for name in experts]
@@ -168,6 +171,19 @@ def keeps_float32(model: nn.Module, name: str) -> bool:
     """Whether a model wants a layer in float32 in any case, and looks at its weight for that: T5's `wo`."""
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     return any(part in kept for part in name.split("."))
+
+
+def check_adapters(model: nn.Module, names: Iterable[str]) -> None:
+    """Whether no layer is inside an adapter's, which merges into a dense weight and would be lost without one."""
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name in names:
+        for outer, module in adapted.items():
+            if name.startswith(f"{outer}."):
+                raise ValueError(
+                    f"{name} is the base of a {type(module).__name__} of PEFT, which could not be merged into a sparse"
+                    " layer: merge the adapter first (merge_sparse or merge_and_unload), or leave the layer out with"
+                    " exclude_modules."
+                )
 
 
 def check_layer(name: str, module: nn.Module) -> None:

@@ -114,7 +114,7 @@ def decode_slowly(weight: Weight) -> Tensor:
     """As [`decode`], in torch operations."""
     rows, cols = weight.rows, weight.cols
     out = weight.values.new_zeros(rows, cols)
-    values = weight.values[: weight.values.numel() - PADDING // weight.values.element_size()]
+    values = weight.values[: weight.count]
     if weight.columns:
         columns = weight.positions[:-PADDING].view(torch.int16).to(torch.int64) & 0xFFFF
         counts = weight.starts.diff()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..sparsity.experts import expert_weights
-from ..sparsity.selection import Modules, match_parameters
+from ..sparsity.selection import Modules, PackedWeight, match_weights
 from .sparse_linear import SparseLinear
 
 
@@ -30,7 +30,7 @@ class SparseMatrix(SparseLinear):
         return y if not bias or bias[0] is None else y + bias[0]
 
 
-class SparseExperts(nn.ModuleList):
+class SparseExperts(nn.ModuleList, PackedWeight):
     """The matrices of all experts, in place of the 3-D parameter that holds them.
 
     The experts' module computes as its model's own eager implementation does: `weight[expert]` is one matrix.
@@ -42,10 +42,13 @@ class SparseExperts(nn.ModuleList):
         transposed (`bool`): Whether the input features come first.
     """
 
+    parameter_suffix = ""
+
     def __init__(self, weight: Tensor, dtype: torch.dtype, columns: bool, transposed: bool):
         options = {"columns": columns, "transposed": transposed}
         super().__init__(SparseMatrix.from_dense(matrix.to(dtype), **options) for matrix in weight)
-        self.dense_dtype = weight.dtype
+        for matrix in self:
+            matrix.dense_dtype = weight.dtype
         self.implementation: str | None = None
         self.handle: RemovableHandle | None = None  # of the hook that loads a dense parameter
 
@@ -53,6 +56,15 @@ class SparseExperts(nn.ModuleList):
     def weight(self) -> Tensor:
         """The dense parameter, decoded anew each time."""
         return torch.stack([matrix.weight for matrix in self])
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of `weight`."""
+        return (len(self), *self[0].weight_shape)
+
+    def count_nonzero(self) -> int:
+        """How many values of all matrices are not zero."""
+        return sum(matrix.count_nonzero() for matrix in self)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The dense parameter under its own name."""
@@ -64,7 +76,7 @@ class SparseExperts(nn.ModuleList):
 def match_experts(model: nn.Module, target_modules: Modules, exclude_modules: Modules) -> dict[str, int]:
     """The experts' parameters that match, and the dimension of the input features in each matrix (0 or 1)."""
     dims = {name: dim for name, (_, dim) in expert_weights(model).items()}
-    matched = match_parameters(model, target_modules, exclude_modules) if dims else {}
+    matched = match_weights(model, target_modules, exclude_modules) if dims else {}
     return {name: dims[name] for name in matched if name in dims}
 
 
@@ -104,5 +116,5 @@ def restore_experts(model: nn.Module) -> None:
             kept = kept or module.implementation
             delattr(parent, leaf)
             module.handle.remove()
-            setattr(parent, leaf, nn.Parameter(module.weight.to(module.dense_dtype)))
+            setattr(parent, leaf, nn.Parameter(module.weight.to(module[0].dense_dtype)))
             parent.config._experts_implementation = kept

@@ -8,9 +8,10 @@ from typing import IO, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoTokenizer, TextStreamer
 
 from ..artifacts.archive import MANIFEST
+from ..evaluation.causal import check_length, load_causal
 from .loading import find_folder, load_sparse
 
 
@@ -51,6 +52,7 @@ def generate_text(
 
     Raises:
         FileNotFoundError, ValueError: See [`load_sparse`].
+        ValueError: If the model cannot generate, or has fewer positions than the prompt and the new tokens take.
     """
     kind = None if dtype is None else getattr(torch, dtype)
     if sparse:
@@ -60,10 +62,15 @@ def generate_text(
         folder = path
         if os.path.isfile(os.path.join(path, MANIFEST)):
             raise ValueError(f"{path} is an archive: load it sparse, or unpack it first (lpdecay unpack {path} OUT).")
-
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind or "auto")
+        model = load_causal(path, kind or "auto")
+    if not model.can_generate():
+        raise ValueError(f"{path} holds a {type(model).__name__}, which cannot generate: give a causal language model.")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not model.config.is_encoder_decoder:
+        tokens = inputs["input_ids"].shape[1]
+        # The last new token is not read.
+        check_length(model, tokens + max_new_tokens - 1, f"A prompt of {tokens} tokens and {max_new_tokens=}")
     started = time.perf_counter()
     output = model.generate(
         **inputs,

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from . import kernels
 from .kernels import Weight
-from .sparse_linear import NO_TRAINING
+from .sparse_linear import NO_TRAINING, dtype_after, needs_operator
 from .speed import time_in_turn
 
 
@@ -31,16 +31,20 @@ class PackedHead(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the head to `x`, shape (..., in)."""
         values = self.weight.detach().view(-1)
-        if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_dynamo_compiling():
-            return torch.ops.hf_lpdecay.sparse_linear(x, self.positions, values, self.starts, self.bias, False)
+        weight = Weight(self.positions, values, self.starts, self.in_features, False)
+        if needs_operator(x):
+            return torch.ops.hf_lpdecay.sparse_linear(x, *weight, self.bias)
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(NO_TRAINING)
         kernel = kernels.kernel_for(values.dtype)
         if isinstance(kernel, str):
             raise RuntimeError(kernel)
         bias = None if self.bias is None else self.bias.detach().to(x.dtype)
-        weight = Weight(self.positions, values, self.starts, self.in_features, False)
         return kernels.linear(kernel, weight, bias, x)
+
+    def _apply(self, fn, recurse=True):
+        self.dense_dtype = dtype_after(fn, self.dense_dtype, self.weight)
+        return super()._apply(fn, recurse)
 
 
 class CastEmbedding(nn.Embedding):
@@ -55,6 +59,10 @@ class CastEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Look up `ids`, shape (...)."""
         return super().forward(ids).to(self.dense_dtype)
+
+    def _apply(self, fn, recurse=True):
+        self.dense_dtype = dtype_after(fn, self.dense_dtype, self.weight)
+        return super()._apply(fn, recurse)
 
 
 @torch.no_grad()

@@ -58,6 +58,11 @@ class Weight(NamedTuple):
         """Number of rows."""
         return len(self.starts) - 1
 
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return int(self.starts[-1])
+
 
 class Kernel:
     """The compiled functions for one type of values.
@@ -144,7 +149,11 @@ def linear(kernel: Kernel, weight: Weight, bias: Tensor | None, x: Tensor, layer
 
     Returns:
         `torch.Tensor`: Shape (..., rows of the weight), of the type of `x`.
+
+    Raises:
+        RuntimeError: If `x` has not `cols` features.
     """
+    check_features(x, weight)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], weight.rows)
     n = x.numel() // weight.cols
@@ -167,6 +176,13 @@ def linear(kernel: Kernel, weight: Weight, bias: Tensor | None, x: Tensor, layer
             flat, tile[: last - first], None if bias is None else bias[first:last]
         )
     return y
+
+
+def check_features(x: Tensor, weight: Weight) -> None:
+    """Raise what a dense layer raises if `x` has other features than the weight, which a kernel would read past."""
+    if x.shape[-1] != weight.cols:
+        given = f"{x.shape[:-1].numel()}x{x.shape[-1]}"
+        raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({given} and {weight.cols}x{weight.rows})")
 
 
 _kept = threading.local()

@@ -34,8 +34,8 @@ def to_semi_structured(
         `nn.Module`: The same model, its outputs as before but for rounding.
 
     Raises:
-        ValueError: If a layer is not 2:4 sparse, has another dtype or a shape that the kernels do not take. Nothing is
-            changed then.
+        ValueError: If no `nn.Linear` matches, or a layer is not 2:4 sparse, has another dtype or a shape that the
+            kernels do not take. Nothing is changed then.
         RuntimeError: If the model is not on such a GPU.
 
     Example:
@@ -47,6 +47,11 @@ def to_semi_structured(
     """
     layers = match_layers(model, target_modules, exclude_modules)
     modules = {name: module for name, module in layers.items() if isinstance(module, nn.Linear)}
+    if not modules:
+        raise ValueError(
+            f"target_modules={target_modules!r} matches no dense nn.Linear, and only these can be 2:4 sparse: not"
+            " Conv1D, and not the layers of to_sparse, which hf_lpdecay.inference.to_dense(model) makes dense again."
+        )
     for name, module in modules.items():
         _check_weight(name, module.weight)
     devices = {module.weight.device for module in modules.values()}

@@ -1,19 +1,22 @@
 """`SparseLinear`: a linear layer whose weight is kept as positions and the values that are not zero."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..sparsity.report import count_nonzero
+from ..sparsity.selection import PackedWeight
 from . import kernels
-from .encoding import decode, encode
-from .kernels import Weight
+from .encoding import concatenate, decode, encode
+from .kernels import PADDING, Weight
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(nn.Module, PackedWeight):
     """A linear layer for inference that takes the memory, and the time, of its values that are not zero.
 
     Its state dict holds the dense `weight`, as the layer's that it replaces: what `save_pretrained` writes is the
@@ -36,7 +39,7 @@ class SparseLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.dense_dtype = weight.values.dtype  # of the layer that it replaces
         self._calls: dict[torch.dtype, tuple] = {}
-        super().train(False)
+        self.eval()
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None, **options: Any) -> "SparseLinear":
@@ -61,14 +64,23 @@ class SparseLinear(nn.Module):
         weight = decode(self.packed)
         return weight.t().contiguous() if self.transposed else weight
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of `weight`."""
+        shape = self.out_features, self.in_features
+        return shape[::-1] if self.transposed else shape
+
+    def count_nonzero(self) -> int:
+        """How many values are not zero; -0.0, which is kept, is zero here."""
+        return int(count_nonzero(self.values))
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x`, shape (..., in)."""
-        # Past torch's dispatcher, which takes as long as a small layer. Compiled and traced models take the operator (a
-        # traced model's tensors are of a type of their own).
-        if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_dynamo_compiling():
-            return torch.ops.hf_lpdecay.sparse_linear(
-                x, self.positions, self.values, self.starts, self.bias, self.columns
-            )
+        if self.training:  # `train` itself must not raise: it would leave half of the model in the other mode
+            raise RuntimeError(NO_TRAINING)
+        # Past torch's dispatcher, which takes as long as a small layer.
+        if needs_operator(x):
+            return torch.ops.hf_lpdecay.sparse_linear(x, *self.packed, self.bias)
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(NO_TRAINING)
         call = self._calls.get(x.dtype)
@@ -76,24 +88,23 @@ class SparseLinear(nn.Module):
             call = self._calls[x.dtype] = _prepare(self.packed, self.bias, x.dtype)
         return kernels.linear(*call[:3], x, call[3])
 
-    def train(self, mode: bool = True) -> "SparseLinear":
-        """Raise for the training mode: a sparse layer is for inference."""
-        if mode:
-            raise RuntimeError(NO_TRAINING)
-        return super().train(mode)
-
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
-        count = self.values.numel() - kernels.PADDING // self.values.element_size()
-        zeros = 1 - count / max(1, self.in_features * self.out_features)
+        zeros = 1 - self.packed.count / max(1, self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
             f" sparsity={zeros:.1%}, dtype={self.values.dtype}, positions={'columns' if self.columns else 'bits'}"
         )
 
     def _apply(self, fn, recurse=True):
+        self.dense_dtype = dtype_after(fn, self.dense_dtype, self.values)
         self._calls = {}  # they hold addresses
-        return super()._apply(fn, recurse)
+        itemsize = self.values.itemsize
+        super()._apply(fn, recurse)
+        if self.values.itemsize != itemsize:  # what follows the values is not as long as a kernel may read
+            values = self.values[: self.values.numel() - PADDING // itemsize]
+            self.values = concatenate([values, values.new_zeros(PADDING // values.itemsize)])
+        return self
 
     def __getstate__(self) -> dict[str, Any]:  # of copy and pickle
         return {**self.__dict__, "_calls": {}}
@@ -124,9 +135,36 @@ class SparseLinear(nn.Module):
 
 
 NO_TRAINING = (
-    "A sparse layer is for inference and cannot be trained: hf_lpdecay.inference.to_dense(model) gives the dense model"
-    " back (or load the checkpoint again), and LpDecayConfig(freeze_zeros=True) keeps its zeros in training."
+    "A sparse layer is for inference, with model.eval(), and cannot be trained: hf_lpdecay.inference.to_dense(model)"
+    " gives the dense model back (or load the checkpoint again), and LpDecayConfig(freeze_zeros=True) keeps its zeros"
+    " in training."
 )
+
+
+def needs_operator(x: Tensor) -> bool:
+    """Whether torch must see the product: on another device, or where a model is compiled, exported or traced."""
+    # An exported model's tensors are of a type of their own.
+    return type(x) is not Tensor or not x.is_cpu or torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing()
+
+
+def dtype_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, like: Tensor) -> torch.dtype:
+    """What `module.to(...)` makes of a dtype.
+
+    Args:
+        fn (`Callable`): What it applies to each tensor.
+        dtype (`torch.dtype`): The dtype.
+        like (`torch.Tensor`): On the device.
+
+    Raises:
+        TypeError: If the kernels have not that type.
+    """
+    new = fn(like.new_empty(0, dtype=dtype)).dtype
+    if new not in DTYPES:
+        raise TypeError(
+            f"A sparse layer cannot be made {new}: its kernels have float32, bfloat16 and float16. Make the model dense"
+            " first, with hf_lpdecay.inference.to_dense(model)."
+        )
+    return new
 
 
 def _prepare(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> tuple:
@@ -141,13 +179,14 @@ def _prepare(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> tuple:
 
 @torch.library.custom_op("hf_lpdecay::sparse_linear", mutates_args=())
 def sparse_linear(
-    x: Tensor, positions: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None, columns: bool
+    x: Tensor, positions: Tensor, values: Tensor, starts: Tensor, cols: int, columns: bool, bias: Tensor | None
 ) -> Tensor:
     """`x W^T + bias`; see [`Weight`] for the others."""
-    weight = Weight(positions, values, starts, x.shape[-1], columns)
+    weight = Weight(positions, values, starts, cols, columns)
+    kernels.check_features(x, weight)
     if x.device.type == "cpu":
         return kernels.linear(*_prepare(weight, bias, x.dtype)[:3], x)
-    if x.device.type == "cuda" and not columns and 0 < x.numel() // x.shape[-1] <= 8:
+    if x.device.type == "cuda" and not columns and 0 < x.numel() // cols <= 8:
         from . import triton_kernel
 
         if triton_kernel.available():
@@ -157,8 +196,10 @@ def sparse_linear(
 
 
 @sparse_linear.register_fake
-def _(x, positions, values, starts, bias, columns):
-    return x.new_empty(*x.shape[:-1], starts.shape[0] - 1)
+def _(x, positions, values, starts, cols, columns, bias):
+    weight = Weight(positions, values, starts, cols, columns)
+    kernels.check_features(x, weight)
+    return x.new_empty(*x.shape[:-1], weight.rows)
 
 
 def _refuse(ctx, *args):

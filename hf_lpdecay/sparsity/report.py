@@ -1,6 +1,7 @@
 """`measure_sparsity`: what is exactly zero, per tensor and in total."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -170,7 +171,7 @@ def measure_sparsity(
     """Count the exact zeros of a model.
 
     Args:
-        model (`nn.Module`): Any model, on any device.
+        model (`nn.Module`): Any model, on any device, one of [`~hf_lpdecay.to_sparse`] included.
         target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`): What the selected scope is,
             spelt as in [`~hf_lpdecay.LpDecayConfig`].
         exclude_modules (`list[str]` or `str`, *optional*): What to leave out of it.
@@ -187,19 +188,21 @@ def measure_sparsity(
     >>> print(measure_sparsity(model).table(by="module"))
     ```
     """
-    from .selection import match_parameters  # which imports Transformers' models
+    from .selection import match_weights, packed_weights  # which imports Transformers' models
 
-    selected = match_parameters(model, target_modules, exclude_modules)
+    selected = match_weights(model, target_modules, exclude_modules)
+    counts = [(name, param.shape, int(count_nonzero(param))) for name, param in model.named_parameters()]
+    counts += [(name, module.weight_shape, module.count_nonzero()) for name, module in packed_weights(model).items()]
     return SparsityReport(
         [
             TensorSparsity(
                 name=name,
-                shape=list(param.shape),
-                numel=param.numel(),
-                zeros=param.numel() - int(count_nonzero(param)),
+                shape=list(shape),
+                numel=math.prod(shape),
+                zeros=math.prod(shape) - count,
                 selected=name in selected,
             )
-            for name, param in model.named_parameters()
+            for name, shape, count in counts
         ]
     )
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,6 +28,32 @@ logger = logging.get_logger(__name__)
 Modules = list[str] | str | None
 
 
+class PackedWeight:
+    """A module that holds the non-zero values of a weight in place of the parameter, as `to_sparse` leaves it."""
+
+    # What follows the module's name in that of the parameter.
+    parameter_suffix = ".weight"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The parameter's shape."""
+        raise NotImplementedError
+
+    def count_nonzero(self) -> int:
+        """How many entries of the weight are not zero."""
+        raise NotImplementedError
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
+    """The modules of a sparse model that hold weights, by the names that their parameters had."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+    return {
+        f"{name}{module.parameter_suffix}": module
+        for name, module in found.items()
+        if name.rpartition(".")[0] not in found  # the matrix of one expert
+    }
+
+
 def match_parameters(
     model: nn.Module, target_modules: Modules = "all-linear", exclude_modules: Modules = None
 ) -> dict[str, nn.Parameter]:
@@ -45,12 +72,28 @@ def match_parameters(
         many modules share it.
 
     Raises:
-        ValueError: If nothing matches.
+        ValueError: If nothing matches, or only layers that [`~hf_lpdecay.to_sparse`] has replaced.
     """
-    names = {id(param): name for name, param in model.named_parameters()}
+    found = match_weights(model, target_modules, exclude_modules)
+    params = {name: weight for name, weight in found.items() if not isinstance(weight, PackedWeight)}
+    if not params:
+        raise ValueError(
+            f"target_modules={target_modules!r} matches sparse layers of to_sparse only, which are for inference:"
+            " hf_lpdecay.inference.to_dense(model) gives the dense model back."
+        )
+    return params
+
+
+def match_weights(
+    model: nn.Module, target_modules: Modules, exclude_modules: Modules
+) -> dict[str, nn.Parameter | PackedWeight]:
+    """As [`match_parameters`], with the modules that hold a weight in place of a parameter."""
+    packed = packed_weights(model)
+    names = {id(weight): name for name, weight in (*model.named_parameters(), *packed.items())}
     # PEFT puts a layer that it adapts into another one: it keeps the name that it had.
     linears = {own_name(name): m.weight for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     linears |= {own_name(name): param for name, (param, _) in expert_weights(model).items()}
+    linears |= {own_name(name.removesuffix(".weight")): module for name, module in packed.items()}
 
     def matching(patterns: Modules) -> list[str]:
         # The weight of a tied head goes by the embedding's name.
@@ -82,8 +125,11 @@ def match_parameters(
 def match_layers(
     model: nn.Module, target_modules: Modules = "all-linear", exclude_modules: Modules = None
 ) -> dict[str, nn.Module]:
-    """The linear layers, by name, whose weights [`match_parameters`] finds; it says what the arguments are."""
-    weights = match_parameters(model, target_modules, exclude_modules)
+    """The linear layers, by name, whose weights [`match_parameters`] finds; it says what the arguments are.
+
+    Of a model of [`~hf_lpdecay.to_sparse`] those that are dense, if any.
+    """
+    weights = match_weights(model, target_modules, exclude_modules)
     return {
         name: module
         for name, module in model.named_modules()
@@ -224,9 +270,10 @@ def _matches(patterns: Modules, name: str) -> bool:
 
 def _head_and_adapter_names(model: nn.Module) -> set[str]:
     left_out = set()
-    if isinstance(model, PreTrainedModel):
-        output = model.get_output_embeddings()
-        base = model.base_model
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(whole, PreTrainedModel):
+        output = whole.get_output_embeddings()
+        base = whole.base_model
         inside = {id(module) for module in base.modules()}
         for name, module in model.named_modules():
             if module is output:  # which PEFT may have wrapped

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -40,8 +41,8 @@ def find_units(model: PreTrainedModel | PeftModel, pattern: str) -> list[Units]:
         `list[Units]`: One per feed-forward, attention or adapter, and one for the experts of a block.
 
     Raises:
-        ValueError: If a block has none, or more than can be told apart; if there is no LoRA; if the config is that of
-            several models in one.
+        ValueError: If a block has none, or more than can be told apart; if there is no LoRA, or not on linear layers;
+            if the config is that of several models in one.
     """
     if pattern == "rank":
         return _ranks(model)
@@ -92,6 +93,12 @@ def _ranks(model: nn.Module) -> list[Units]:
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             for adapter in (adapter for adapter in layer.active_adapters if adapter in layer.lora_A):
+                if isinstance(layer, ParamWrapper) or not isinstance(layer.lora_A[adapter], nn.Linear):
+                    what = "a parameter" if isinstance(layer, ParamWrapper) else "a convolution"
+                    raise ValueError(
+                        f"pattern='rank' is for LoRA on linear layers, and {name} has it on {what}, whose ranks lie in"
+                        " another order: leave it out of target_modules and target_parameters."
+                    )
                 parts = [_slice(layer.lora_A[adapter], True, 1, names), _slice(layer.lora_B[adapter], False, 1, names)]
                 found.append(Units(f"{name}: ranks", layer.r[adapter], tuple(parts)))
     if not found:

@@ -30,7 +30,6 @@ from .masked_lora import (
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-@torch.no_grad()
 def mask_lora(model: PeftModel, becoming_sparse: Collection[Tensor] = ()) -> PeftModel:
     """Mask the active LoRA adapters by the base's zeros: their update is `(B A) * (W != 0)` in every forward pass.
 
@@ -64,18 +63,24 @@ def mask_lora(model: PeftModel, becoming_sparse: Collection[Tensor] = ()) -> Pef
     >>> model.merge_and_unload().save_pretrained("out/merged")
     ```
     """
-    layers = _lora_layers(model, "mask")
-    record, ids = _mask_record(layers), {id(weight) for weight in becoming_sparse}
+    active = model.active_adapters if isinstance(model, PeftModel) else ()
+    return _mask(model, active, {id(weight) for weight in becoming_sparse})
+
+
+@torch.no_grad()
+def _mask(model: PeftModel, adapters: Collection[str], ids: Collection[int] = ()) -> PeftModel:
+    layers = _lora_layers(model, "mask", adapters)
+    record = _mask_record(layers)
     if not (record or ids):
-        warnings.warn("None of the adapted weights is zero: there is nothing to mask.", stacklevel=2)
-    for adapter in model.active_adapters:
+        warnings.warn("None of the adapted weights is zero: there is nothing to mask.", stacklevel=4)
+    for adapter in adapters:
         config, own = model.peft_config[adapter], _layers_of(layers, adapter)
         if getattr(config, "lp_masked_layers", None) is not None:
             check_record(config.lp_masked_layers, {n: entry for n, entry in record.items() if n in own}, adapter)
         for name, layer in own.items():
             if name in record or id(base_parameter(layer)) in ids:
                 mask_layer(layer, adapter, _tied_config(model, layer))
-    _write_record(model, layers, record)
+    _write_record(model, layers, record, adapters)
     return model
 
 
@@ -83,7 +88,7 @@ def mask_lora(model: PeftModel, becoming_sparse: Collection[Tensor] = ()) -> Pef
 def update_mask_record(model: PeftModel) -> None:
     """Put the zeros that the base has now into the configs of its masked adapters, which are saved with them."""
     layers = _lora_layers(model, "mask")
-    _write_record(model, layers, _mask_record(layers))
+    _write_record(model, layers, _mask_record(layers), model.active_adapters)
 
 
 def _mask_record(layers: dict[str, LoraLayer]) -> MaskRecord:
@@ -91,8 +96,10 @@ def _mask_record(layers: dict[str, LoraLayer]) -> MaskRecord:
     return {name: entry for name, entry in entries.items() if entry}
 
 
-def _write_record(model: PeftModel, layers: dict[str, LoraLayer], record: MaskRecord) -> None:
-    for adapter in model.active_adapters:
+def _write_record(
+    model: PeftModel, layers: dict[str, LoraLayer], record: MaskRecord, adapters: Collection[str]
+) -> None:
+    for adapter in adapters:
         config = copy.copy(model.peft_config[adapter])
         config.__class__ = MaskedLoraConfig
         config.lp_masked_layers = {name: record[name] for name in _layers_of(layers, adapter) if name in record}
@@ -107,22 +114,45 @@ def load_masked_lora(base: nn.Module, adapter: str, **kwargs) -> PeftModel:
     """Load a masked adapter, after a check that the base has the zeros that it was trained with.
 
     Args:
-        base (`nn.Module`): The sparse base model.
+        base (`nn.Module`): The sparse base model; or, to add another adapter, a `PeftModel` of it, which is changed in
+            place.
         adapter (`str`): Folder or hub id of the adapter.
-        **kwargs: For `PeftModel.from_pretrained`, such as `is_trainable`.
+        **kwargs: For `PeftModel.from_pretrained`, such as `adapter_name` and `is_trainable`; if `base` is a
+            `PeftModel`, for its `load_adapter`, which activates nothing: call `set_adapter(adapter_name)` after it.
 
     Returns:
         `PeftModel`: The model with the adapter, masked.
 
     Raises:
-        ValueError: If the adapter was not saved masked, or if the base has other zeros.
+        ValueError: If the adapter was not saved masked, if the base has other zeros, or if there is an adapter of that
+            name.
+
+    Example:
+
+    ```python
+    >>> model = load_masked_lora(base, "out/first")
+    >>> load_masked_lora(model, "out/second", adapter_name="second").set_adapter("second")
+    ```
     """
     hub = {key: kwargs[key] for key in ("subfolder", "revision", "token", "cache_dir") if key in kwargs}
     config = MaskedLoraConfig.from_pretrained(adapter, **hub)
     if config.lp_masked_layers is None:
         raise ValueError(f"{adapter} was not saved masked: load it with PeftModel.from_pretrained, then mask_lora.")
-    config.inference_mode = not kwargs.get("is_trainable", False)
-    return mask_lora(PeftModel.from_pretrained(base, adapter, config=config, **kwargs))
+    if not isinstance(base, PeftModel):
+        config.inference_mode = not kwargs.get("is_trainable", False)
+        return mask_lora(PeftModel.from_pretrained(base, adapter, config=config, **kwargs))
+    name = kwargs.pop("adapter_name", "default")
+    if name in base.peft_config:
+        raise ValueError(f"The model has an adapter {name!r}: give the new one another name, with adapter_name.")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unexpected keyword arguments.*lp_masked_layers", UserWarning)
+        base.load_adapter(adapter, name, **kwargs)
+    try:
+        base.peft_config[name].lp_masked_layers = config.lp_masked_layers  # PEFT has dropped it
+        return _mask(base, [name])
+    except ValueError:
+        base.delete_adapter(name)
+        raise
 
 
 @dataclass(frozen=True)
@@ -218,19 +248,25 @@ def merge_sparse(model: PeftModel) -> nn.Module:
     return base
 
 
-def _lora_layers(model: PeftModel, verb: str = "merge") -> dict[str, LoraLayer]:
-    """The adapted layers by the name of the weight that they adapt, without a final ".weight"."""
+def _lora_layers(
+    model: PeftModel, verb: str = "merge", adapters: Collection[str] | None = None
+) -> dict[str, LoraLayer]:
+    """The adapted layers by the name of the weight that they adapt, without a final ".weight".
+
+    Checked for some adapters, by default for the active ones.
+    """
     if not isinstance(model, PeftModel):
         raise TypeError(f"Expected a PeftModel, got a {type(model).__name__}, which has no adapters to {verb}.")
+    adapters = model.active_adapters if adapters is None else adapters
     lora = type(model.base_model) is LoraModel  # AdaLoRA's is a subclass
-    dora = lora and any(model.peft_config[name].use_dora for name in model.active_adapters)
+    dora = lora and any(model.peft_config[name].use_dora for name in adapters)
     if dora or not lora:
         raise ValueError(
             f"The adapter's type is {'DoRA' if dora else PeftType(model.peft_type).value}, and only LoRA without"
             " use_dora adds to a weight, so that a part of it can be dropped or masked: train a LoRA, or merge with"
             " merge_and_unload and sparsify again."
         )
-    for adapter in model.active_adapters:
+    for adapter in adapters:
         how = model.peft_config[adapter].init_lora_weights
         if isinstance(how, str) and how.lower().startswith(_CHANGES_BASE):
             raise ValueError(
@@ -255,7 +291,7 @@ def _lora_layers(model: PeftModel, verb: str = "merge") -> dict[str, LoraLayer]:
             )
         if layer.merged:
             raise ValueError(f"The adapters of {name} are merged already: call model.unmerge_adapter() first.")
-        if any(layer.lora_bias.get(adapter) for adapter in layer.active_adapters) and base.bias is None:
+        if any(layer.lora_bias.get(adapter) for adapter in adapters) and base.bias is None:
             raise ValueError(
                 f"lora_bias=True has given {name} a bias that it has none to be merged with: leave lora_bias out, or"
                 " leave out the layers without a bias."
