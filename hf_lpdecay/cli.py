@@ -1,6 +1,7 @@
 """The command line: `lpdecay report | eval | generate | pack | unpack | shrink | push`."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -38,8 +39,11 @@ def main(argv: list[str] | None = None) -> int:
         `int`: 0 if it was done, 1 if a check failed, 2 if the input was refused, 130 if interrupted.
     """
     options = _parser().parse_args(argv)
+    # Libraries print too, some when they are imported: the JSON must stand alone.
+    stdout = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
     try:
-        result, text, failed = options.run(options)
+        with stdout:
+            result, text, failed = options.run(options)
     except KeyboardInterrupt:
         print("\nInterrupted. Nothing was left half written.", file=sys.stderr)
         return 130

@@ -1,5 +1,6 @@
 """The command line, on saved models."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,7 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lpdecay import cli, measure_sparsity
 from hf_lpdecay.evaluation import text_loss
-from hf_lpdecay.sparsity import select_parameters
+from hf_lpdecay.sparsity import checkpoint, select_parameters
+
+
+with contextlib.suppress(ImportError):  # it logs to stdout once, which would be in the first test's JSON
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator()
 
 
 def sparse(model, share=4):
@@ -37,6 +44,15 @@ def test_a_report_from_the_files_is_that_of_the_loaded_model(make, dtype, tmp_pa
     assert code == 0 and found == measure_sparsity(loaded).to_dict() and found["sparsity"] == 0.25
     assert cli.main(["report", str(tmp_path), "--by", "tensor"]) == 0
     assert measure_sparsity(loaded).table() in capsys.readouterr().out
+
+
+def test_what_a_library_prints_is_not_in_the_json(tmp_path, capsys, monkeypatch):
+    sparse(tiny_llama()).save_pretrained(tmp_path)
+    measure = checkpoint.measure_checkpoint
+    monkeypatch.setattr(checkpoint, "measure_checkpoint", lambda folder: print("hello") or measure(folder))
+    assert cli.main(["report", str(tmp_path), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["sparsity"] == 0.25 and "hello" in printed.err
 
 
 def test_two_reports_say_what_was_gained_and_lost(tmp_path, capsys):
