@@ -38,8 +38,9 @@ def test_a_run_after_an_interrupted_one_begins_with_its_own_dense_phase(tmp_path
     assert logs[30]["sparsity"] == 0.5 and hooks(trainer.model) == 0
 
 
-def test_an_interrupted_run_is_resumed_by_the_same_trainer_to_the_same_bits(tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 10}
+@pytest.mark.parametrize("restore", [False, True])
+def test_an_interrupted_run_is_resumed_by_the_same_trainer_to_the_same_bits(tmp_path, restore):
+    options = {"save_strategy": "steps", "save_steps": 10, "restore_callback_states_from_checkpoint": restore}
     whole = trainer_for(tmp_path / "whole", TARGET, **options)
     whole.train()
     again = trainer_for(tmp_path / "again", TARGET, callbacks=[Interrupt(14, KeyboardInterrupt())], **options)

@@ -77,6 +77,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
             self._best.on_save()
         return {"args": {"lp_config": asdict(self.lp_config), "names": self.names}, "attributes": {}}
 
+    def take_over(self, other: "SparsityCallback") -> None:
+        """Go on in place of another one in the same trainer: with its frozen base, and the hooks that it has set."""
+        self.frozen, self._driver = other.frozen, other._driver
+
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs):
         accept_saved_names(unwrapped(model))  # a run is resumed before training begins
 

@@ -77,8 +77,9 @@ class FrozenBaseMixin:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_callback_state(self) -> None:
+        before = self._sparsity_callback()
         super()._load_callback_state()
-        self._sparsity_callback().frozen = self._frozen  # a callback that was restored from a checkpoint has none
+        self._sparsity_callback().take_over(before)  # one that was restored from a checkpoint begins with nothing
 
     def _sparsity_callback(self) -> SparsityCallback:
         """Looked up, since a checkpoint's callbacks may have replaced the first one."""
