@@ -95,6 +95,10 @@ class LpDecayConfig:
             mean of all trained weights is taken, with which the model ends. Meant for a learning rate that stays up to
             the end. Costs 4 bytes per trained weight from then on. At most ``1 - ramp_end``, from where zeros are
             frozen; impossible with an `lp_lambda`, under DeepSpeed and FSDP.
+        embedding_learning_rate (`float`, *optional*): Learning rate of the embedding and the output head, ``>= 0``,
+            scheduled like that of the others, by `LpDecayTrainer` and its kin only. AdamW moves each token's row of the
+            head by nearly the learning rate in every step, however small its gradient, so that a rate which is good for
+            sparse layers is too high for the rows of rare tokens. A tenth of the others' is a good start.
         distill (`str`, *optional*): A dense teacher: `"self"` for the model as it was before the training, or the name
             or path of another one with the same vocabulary. Held in bfloat16; costs its memory and a forward pass.
         distill_weight (`float`, *optional*, defaults to `1.0`): The loss is the model's own plus this times the
@@ -162,7 +166,9 @@ class LpDecayConfig:
         default=0.0,
         metadata={"help": "End with the mean of the weights over this fraction of all steps, the last ones."},
     )
-
+    embedding_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of embedding and output head; a tenth of learning_rate is good."}
+    )
     distill: str | None = field(default=None, metadata={"help": "A dense teacher: 'self', or a model's name or path."})
     distill_weight: float = field(default=1.0, metadata={"help": "Weight of the distance from the teacher."})
     distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the softmax in it."})
@@ -205,8 +211,10 @@ class LpDecayConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"Invalid {name}: {value!r} - should be a whole number >= {least}.")
-        for name in ("distill_weight", "distill_temperature", "distill_hidden"):
+        for name in ("distill_weight", "distill_temperature", "distill_hidden", "embedding_learning_rate"):
             value = getattr(self, name)
+            if value is None and name == "embedding_learning_rate":
+                continue
             if not is_number(value) or value < 0 or (value == 0 and name == "distill_temperature"):
                 bound = "> 0" if name == "distill_temperature" else ">= 0"
                 raise ValueError(f"Invalid {name}: {value!r} - should be a finite number {bound}.")

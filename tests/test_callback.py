@@ -98,7 +98,7 @@ def test_what_cannot_be_driven_is_refused_before_the_first_step(tmp_path):
         with pytest.raises(ValueError, match=message):
             trainer.train()
         assert same_bits(before, weights(trainer.model))
-    with pytest.raises(ValueError, match="distill='self' needs the loss, which a callback does not see"):
+    with pytest.raises(ValueError, match="distill='self' needs the loss, which a SparsityCallback does not see"):
         SparsityCallback(LpDecayConfig(target_sparsity=0.5, distill="self"))
     with pytest.raises(ValueError, match="LpDecayTrainer adds its own"):
         LpDecayTrainer(tiny_llama(), arguments(tmp_path), callbacks=[SparsityCallback(TARGET)], lp_config=TARGET)

@@ -19,7 +19,7 @@ from ..sparsity import SparsityDriver, participants
 from ..sparsity.driver import LearningRates
 from .averaging import WeightAverage, average_of
 from .best import BestFromTarget
-from .checks import check_optimizer, check_ranks, check_same_config
+from .checks import check_alone, check_optimizer, check_ranks, check_same_config
 from .frozen import FrozenBase
 from .learning_rates import learning_rates_of
 from .optimizers import config_for_optimizer
@@ -43,7 +43,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             when training begins.
 
     Raises:
-        ValueError: If `lp_config` asks for distillation, which needs the loss and therefore [`LpDecayMixin`].
+        ValueError: If `lp_config` asks for distillation or an `embedding_learning_rate`, which need [`LpDecayMixin`].
 
     Example:
 
@@ -62,11 +62,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.lp_config = LpDecayConfig(**lp_config) if isinstance(lp_config, dict) else lp_config
         self.names = names
         self.frozen: FrozenBase | None = None  # set by the trainer, where a frozen base becomes sparse
-        if self.lp_config.distill and names is None:
-            raise ValueError(
-                f"distill={self.lp_config.distill!r} needs the loss, which a callback does not see: use LpDecayTrainer"
-                " or LpDecayMixin, or leave distill out."
-            )
+        if names is None:
+            check_alone(self.lp_config, "SparsityCallback")
         self._driver: SparsityDriver | None = None
         self._best: BestFromTarget | None = None
         self._average: WeightAverage | None = None

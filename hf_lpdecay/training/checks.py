@@ -33,6 +33,20 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: LpDecayConfig) -> 
     return inner
 
 
+def check_alone(config: LpDecayConfig, driver: str) -> None:
+    """Raise where the config asks for what only a trainer can do, which computes the loss and makes the optimizer."""
+    if config.distill:
+        raise ValueError(
+            f"distill={config.distill!r} needs the loss, which a {driver} does not see: use LpDecayTrainer, or leave"
+            " distill out and add the teacher's loss to yours."
+        )
+    if config.embedding_learning_rate is not None:
+        raise ValueError(
+            f"embedding_learning_rate={config.embedding_learning_rate} needs groups that a {driver} does not make: use"
+            " LpDecayTrainer, or leave it out and give the optimizer a group with that lr."
+        )
+
+
 def check_stepped(optimizer: torch.optim.Optimizer, driver: str, cure: str) -> None:
     """Raise where an optimizer has no p-norm decay to drive."""
     if not isinstance(optimizer, (LpAdamW, LpDecay)):

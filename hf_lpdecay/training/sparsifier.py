@@ -16,7 +16,7 @@ from ..config import LpDecayConfig
 from ..sparsity import SparsityDriver, participants
 from .averaging import average_of
 from .callbacks import forget_compiled, unwrapped
-from .checks import check_ranks, check_same_config, check_sharding, check_stepped
+from .checks import check_alone, check_ranks, check_same_config, check_sharding, check_stepped
 from .learning_rates import learning_rates_of
 from .optimizers import config_for_optimizer
 
@@ -46,7 +46,8 @@ class Sparsifier:
 
     Raises:
         ValueError: If nothing can be selected, if the ramp is too short, if the optimizer is another one, under FSDP1
-            or DeepSpeed, or if `lp_config` asks for distillation, which needs the loss.
+            or DeepSpeed, or if `lp_config` asks for distillation, which needs the loss, or for an
+            `embedding_learning_rate`, which a group of your optimizer can have.
 
     Example:
 
@@ -76,11 +77,7 @@ class Sparsifier:
         lr_scheduler: Any = None,
         calibration_batches: Iterable[dict[str, Any]] | None = None,
     ):
-        if lp_config.distill:
-            raise ValueError(
-                f"distill={lp_config.distill!r} needs the loss, which a Sparsifier does not see: use LpDecayTrainer, or"
-                " leave distill out and add the teacher's loss to yours."
-            )
+        check_alone(lp_config, "Sparsifier")
         if AcceleratorState._shared_state:  # an Accelerator was made
             check_sharding(AcceleratorState(), lp_config, deepspeed=False)
         check_ranks(lp_config)

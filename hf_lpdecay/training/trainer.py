@@ -18,6 +18,7 @@ from .callbacks import SparsityCallback, unwrapped
 from .checkpoints import WholeCheckpointsMixin, last_whole_checkpoint
 from .checks import check_sharding
 from .distillation import Distiller, logits_of
+from .embeddings import check_embeddings, split_embeddings, trained_embeddings
 from .frozen import check_whole, find_frozen_base
 from .frozen_trainer import FrozenBaseMixin
 from .optimizers import ADAMW, check_optim, config_for
@@ -78,6 +79,7 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
         else:
             check_whole(self.accelerator.distributed_type, self._frozen.changes)
             self.lp_config = self._frozen.config
+        check_embeddings(model, self.lp_config.embedding_learning_rate)
 
     def _choose_weights(self, model: torch.nn.Module) -> None:
         """Select the weights and make the teacher, from the untrained model: in the middle of a run a tensor may be
@@ -108,29 +110,39 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Make an [`~hf_lpdecay.LpAdamW`], or an [`~hf_lpdecay.LpDecay`] around what `optim` names, grouped as the
         `Trainer` does and by whether the p-norm decay acts."""
+        if self.optimizer is not None:
+            return self.optimizer
         if self._frozen is not None:  # no decay acts on what is stepped
-            return super().create_optimizer(model)
-        if self.optimizer is None:
-            chosen = self.optimizer_cls_and_kwargs
-            wrapped = self.args.optim not in ADAMW and chosen is None
-            if chosen is None and not wrapped:
-                options = {
-                    "lr": self.args.learning_rate,
-                    "betas": (self.args.adam_beta1, self.args.adam_beta2),
-                    "eps": self.args.adam_epsilon,
-                    "fused": None if self.args.optim == "adamw_torch_fused" else False,
-                }
-                self.optimizer_cls_and_kwargs = (LpAdamW, options)
-            try:
-                super().create_optimizer(model)
-            finally:  # another run may have another learning rate
-                self.optimizer_cls_and_kwargs = chosen
-            if wrapped:
-                self.optimizer = LpDecay(self.optimizer)
-            params = dict(unwrapped(self.model if model is None else model).named_parameters())
-            selected = {id(params[name]) for name in self._lp_names}
-            _split_groups(self.optimizer, selected, self.lp_config, alone=self.is_deepspeed_enabled)
+            super().create_optimizer(model)
+        else:
+            self._create_decaying(model)
+        rate = self.lp_config.embedding_learning_rate
+        if rate is not None:
+            split_embeddings(
+                self.optimizer, trained_embeddings(unwrapped(self.model if model is None else model)), rate
+            )
         return self.optimizer
+
+    def _create_decaying(self, model: torch.nn.Module | None) -> None:
+        chosen = self.optimizer_cls_and_kwargs
+        wrapped = self.args.optim not in ADAMW and chosen is None
+        if chosen is None and not wrapped:
+            options = {
+                "lr": self.args.learning_rate,
+                "betas": (self.args.adam_beta1, self.args.adam_beta2),
+                "eps": self.args.adam_epsilon,
+                "fused": None if self.args.optim == "adamw_torch_fused" else False,
+            }
+            self.optimizer_cls_and_kwargs = (LpAdamW, options)
+        try:
+            super().create_optimizer(model)
+        finally:  # another run may have another learning rate
+            self.optimizer_cls_and_kwargs = chosen
+        if wrapped:
+            self.optimizer = LpDecay(self.optimizer)
+        params = dict(unwrapped(self.model if model is None else model).named_parameters())
+        selected = {id(params[name]) for name in self._lp_names}
+        _split_groups(self.optimizer, selected, self.lp_config, alone=self.is_deepspeed_enabled)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Train as `Trainer.train` does; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
