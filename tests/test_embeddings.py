@@ -1,18 +1,34 @@
 """A learning rate of their own for the embedding and the output head."""
 
+from functools import partial
+
 import pytest
 import torch
-from conftest import frozen_llama, tiny_bert, tiny_llama, trainer_for, weights
+from conftest import arguments, frozen_llama, tiny_bert, tiny_llama, token_rows, trainer_for, weights
+from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
-from hf_lpdecay import LpAdamW, LpDecayConfig, Sparsifier, SparsityCallback, measure_sparsity
+from hf_lpdecay import LpAdamW, LpDecayConfig, LpDecayTrainer, Sparsifier, SparsityCallback, measure_sparsity
 
 
 CONFIG = LpDecayConfig(target_sparsity=0.5, embedding_learning_rate=1e-4)
 OPTIONS = {"lr_scheduler_type": "constant", "learning_rate": 1e-3}
+SPEECH = Wav2Vec2Config(
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+    conv_dim=(8,),
+    conv_stride=(5,),
+    conv_kernel=(10,),
+)
 
 
 def by_rate(optimizer):
     return {id(param): group["lr"] for group in optimizer.param_groups for param in group["params"]}
+
+
+def lora_beside_the_head():
+    return frozen_llama(make=partial(tiny_llama, tie_word_embeddings=False), modules_to_save=["lm_head"])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -53,9 +69,7 @@ def test_the_rate_follows_the_schedule_and_a_resumed_run_ends_in_the_same_bits(t
 
 
 def test_an_embedding_trained_beside_lora_has_it_too(tmp_path):
-    model = frozen_llama(
-        make=lambda **options: tiny_llama(tie_word_embeddings=False, **options), modules_to_save=["lm_head"]
-    )
+    model = lora_beside_the_head()
     trainer = trainer_for(tmp_path, CONFIG, model=model, **OPTIONS)
     rates = by_rate(trainer.create_optimizer())
     slow = [name for name, param in model.named_parameters() if rates.get(id(param)) == 1e-4]
@@ -74,9 +88,13 @@ def test_a_classifier_has_only_its_embedding(tmp_path):
 def test_where_it_would_do_nothing_it_is_refused(tmp_path):
     frozen = tiny_llama()
     frozen.get_input_embeddings().requires_grad_(False)
-    for model in (frozen, frozen_llama()):
+    for model in (frozen, frozen_llama(), Wav2Vec2ForCTC(SPEECH)):
         with pytest.raises(ValueError, match=r"embedding_learning_rate=0.0001: .* no embedding or output head that is"):
             trainer_for(tmp_path, CONFIG, model=model)
+    beside = lora_beside_the_head()
+    own = (torch.optim.AdamW(param for param in beside.parameters() if param.requires_grad), None)
+    with pytest.raises(ValueError, match="no effect on the optimizer of optimizers="):
+        LpDecayTrainer(beside, arguments(tmp_path), train_dataset=token_rows(), optimizers=own, lp_config=CONFIG)
     with pytest.raises(ValueError, match="groups that a SparsityCallback does not make: use LpDecayTrainer"):
         SparsityCallback(CONFIG)
     model = tiny_llama()

@@ -1,5 +1,6 @@
 """A learning rate of their own for the embedding and the output head of a model."""
 
+import contextlib
 from collections.abc import Iterable
 
 import torch
@@ -15,9 +16,13 @@ def trained_embeddings(model: nn.Module) -> list[Tensor]:
     Returns:
         `list[torch.Tensor]`: Empty where the model has neither, or both are frozen.
     """
-    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    modules = [module for getter in getters if getter is not None and (module := getter()) is not None]
-    params = {id(param): param for module in modules for param in module.parameters() if param.requires_grad}
+    params = {}
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        module = None
+        with contextlib.suppress(NotImplementedError):  # models of speech have none
+            module = getattr(model, name, lambda: None)()
+        if module is not None:
+            params |= {id(param): param for param in module.parameters() if param.requires_grad}
     return list(params.values())
 
 

@@ -245,6 +245,11 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
     def _check_can_decay(self) -> None:
         if self._frozen is None:
             self._check_optimizer()
+        elif self.optimizer is not None and self.lp_config.embedding_learning_rate is not None:
+            raise ValueError(
+                f"embedding_learning_rate={self.lp_config.embedding_learning_rate} has no effect on the optimizer of"
+                " optimizers=: leave it out, and give that optimizer a group with that lr."
+            )
         check_sharding(self.accelerator.state, self.lp_config)
         if any(isinstance(callback, SparsityCallback) for callback in self.callback_handler.callbacks):
             raise ValueError(
