@@ -96,9 +96,9 @@ class LpDecayConfig:
             the end. Costs 4 bytes per trained weight from then on. At most ``1 - ramp_end``, from where zeros are
             frozen; impossible with an `lp_lambda`, under DeepSpeed and FSDP.
         embedding_learning_rate (`float`, *optional*): Learning rate of the embedding and the output head, ``>= 0``,
-            scheduled like that of the others, by `LpDecayTrainer` and its kin only. AdamW moves each token's row of the
-            head by nearly the learning rate in every step, however small its gradient, so that a rate which is good for
-            sparse layers is too high for the rows of rare tokens. A tenth of the others' is a good start.
+            scheduled like that of the others; for trainers with `LpDecayMixin` only. AdamW moves each token's row of
+            the head by nearly the learning rate in every step, however small its gradient, so that a rate which is good
+            for sparse layers is too high for the rows of rare tokens. A tenth of the others' is a good start.
         distill (`str`, *optional*): A dense teacher: `"self"` for the model as it was before the training, or the name
             or path of another one with the same vocabulary. Held in bfloat16; costs its memory and a forward pass.
         distill_weight (`float`, *optional*, defaults to `1.0`): The loss is the model's own plus this times the

@@ -109,18 +109,20 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Make an [`~hf_lpdecay.LpAdamW`], or an [`~hf_lpdecay.LpDecay`] around what `optim` names, grouped as the
-        `Trainer` does and by whether the p-norm decay acts."""
+        `Trainer` does, by whether the p-norm decay acts, and by whether `embedding_learning_rate` holds."""
         if self.optimizer is not None:
             return self.optimizer
+        inner = unwrapped(self.model if model is None else model)
         if self._frozen is not None:  # no decay acts on what is stepped
             super().create_optimizer(model)
         else:
             self._create_decaying(model)
+            params = dict(inner.named_parameters())
+            selected = {id(params[name]) for name in self._lp_names}
+            _split_groups(self.optimizer, selected, self.lp_config, alone=self.is_deepspeed_enabled)
         rate = self.lp_config.embedding_learning_rate
         if rate is not None:
-            split_embeddings(
-                self.optimizer, trained_embeddings(unwrapped(self.model if model is None else model)), rate
-            )
+            split_embeddings(self.optimizer, trained_embeddings(inner), rate)
         return self.optimizer
 
     def _create_decaying(self, model: torch.nn.Module | None) -> None:
@@ -140,9 +142,6 @@ class LpDecayMixin(FrozenBaseMixin, WholeCheckpointsMixin):
             self.optimizer_cls_and_kwargs = chosen
         if wrapped:
             self.optimizer = LpDecay(self.optimizer)
-        params = dict(unwrapped(self.model if model is None else model).named_parameters())
-        selected = {id(params[name]) for name in self._lp_names}
-        _split_groups(self.optimizer, selected, self.lp_config, alone=self.is_deepspeed_enabled)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Train as `Trainer.train` does; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
