@@ -1,6 +1,7 @@
-"""Draw perplexity against sparsity, of the decay and its rivals, from measured results.
+"""Draw measured results: perplexity against sparsity, or the ratio to dense fine-tuning against the training's length.
 
 python recipes/plot_results.py recipes/results/wikitext2.json recipes/results/perplexity.png
+python recipes/plot_results.py recipes/results/budgets.json recipes/results/budgets.png
 """
 
 import argparse
@@ -27,11 +28,20 @@ def main(argv: list[str]) -> int:
 
 
 def draw(results: dict, path: Path) -> None:
-    """One line for each method, with the range of its seeds, and one for the dense model."""
+    """Perplexity against sparsity, or, of results with several numbers of steps, its ratio to dense against these."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
+    (draw_budgets if isinstance(results["dense"], dict) else draw_sparsity)(axes, results)
+    axes.set_title(f"{results['model']} on {results['data'].split(',')[0]}, the same budget for all")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    save_figure(figure, path, dpi=120)
+
+
+def draw_sparsity(axes, results: dict) -> None:
+    """One line for each method, with the range of its seeds, and one for the dense model."""
     rows = results["rows"]
     for method in dict.fromkeys(row["method"] for row in rows):
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["sparsity"])
@@ -41,16 +51,33 @@ def draw(results: dict, path: Path) -> None:
         axes.errorbar(x, y, yerr=[low, high], marker="o", capsize=3, label=method)
     axes.axhline(results["dense"], color="gray", linestyle="--", label="dense, same fine-tuning")
     axes.set_yscale("log")
-    ticks = [20, 30, 40, 60, 100, 200]
-    axes.set_yticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
+    label(axes.yaxis, [20, 30, 40, 60, 100, 200])
     axes.set_xticks(sorted({100 * row["sparsity"] for row in rows}))
     axes.set_xlabel("zeros in the linear layers of the blocks, %")
     axes.set_ylabel("perplexity")
-    axes.set_title(f"{results['model']} on {results['data'].split(',')[0]}, one short fine-tuning for all")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    save_figure(figure, path, dpi=120)
+
+
+def draw_budgets(axes, results: dict) -> None:
+    """One line for each method: its perplexity divided by that of the dense model after as many steps."""
+    rows, dense = results["rows"], results["dense"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["steps"])
+        axes.plot(
+            [row["steps"] for row in own],
+            [row["perplexity"] / dense[str(row["steps"])] for row in own],
+            marker="o",
+            label=method,
+        )
+    axes.set_xscale("log")
+    label(axes.xaxis, [int(steps) for steps in dense])
+    axes.set_xlabel("training steps")
+    axes.set_ylabel("perplexity, times dense fine-tuning of that length")
+
+
+def label(axis, ticks: list[int]) -> None:
+    """Plain numbers on a logarithmic axis."""
+    axis.set_ticks(ticks, [str(tick) for tick in ticks])
+    axis.set_ticks([], minor=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The comparison recipe, on a tiny model."""
 
 import json
+from pathlib import Path
 
 import compare
+import plot_results
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,3 +95,15 @@ def test_adapters_on_a_sparse_model_side_by_side(command, language_model, tmp_pa
     assert "Which sparse models for lora, masked-lora, all-weights?" in capsys.readouterr().err
     assert compare_lora.main([*command, *flags, "--init_from", str(tmp_path / "none")]) == 2
     assert "there is no config.json in it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "budgets"])
+def test_the_pictures_are_drawn_from_their_results(tmp_path, name, capsys):
+    results = Path(plot_results.__file__).parent / "results" / f"{name}.json"
+    picture = tmp_path / "picture.png"
+    assert plot_results.main([str(results), str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    broken = tmp_path / "broken.json"
+    broken.write_text(results.read_text().replace("perplexity", "loss"))
+    assert plot_results.main([str(broken), str(tmp_path / "none.png")]) == 2
+    assert "broken.json: KeyError" in capsys.readouterr().err and not (tmp_path / "none.png").exists()
