@@ -34,7 +34,7 @@ def draw(results: dict, path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     (draw_budgets if isinstance(results["dense"], dict) else draw_sparsity)(axes, results)
-    axes.set_title(f"{results['model']} on {results['data'].split(',')[0]}, the same budget for all")
+    axes.set_title(f"{results['model']} on {results['data'].split(',')[0]}")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     save_figure(figure, path, dpi=120)
