@@ -1,4 +1,4 @@
-"""Draw measured results: perplexity against sparsity, or the ratio to dense fine-tuning against the training's length.
+"""Draw measured results: perplexity against sparsity, or the ratio to dense fine-tuning against the tokens trained on.
 
 python recipes/plot_results.py recipes/results/wikitext2.json recipes/results/perplexity.png
 python recipes/plot_results.py recipes/results/budgets.json recipes/results/budgets.png
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Perplexity against sparsity, or, of results with several numbers of steps, its ratio to dense against these."""
+    """Perplexity against sparsity, or, of results with several numbers of tokens, its ratio to dense against these."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -58,25 +58,25 @@ def draw_sparsity(axes, results: dict) -> None:
 
 
 def draw_budgets(axes, results: dict) -> None:
-    """One line for each method: its perplexity divided by that of the dense model after as many steps."""
+    """One line for each method: its perplexity divided by that of the dense model after as many tokens."""
     rows, dense = results["rows"], results["dense"]
     for method in dict.fromkeys(row["method"] for row in rows):
-        own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["steps"])
+        own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["tokens"])
         axes.plot(
-            [row["steps"] for row in own],
-            [row["perplexity"] / dense[str(row["steps"])] for row in own],
+            [row["tokens"] for row in own],
+            [row["perplexity"] / dense[str(row["tokens"])] for row in own],
             marker="o",
             label=method,
         )
     axes.set_xscale("log")
-    label(axes.xaxis, [int(steps) for steps in dense])
-    axes.set_xlabel("training steps")
-    axes.set_ylabel("perplexity, times dense fine-tuning of that length")
+    label(axes.xaxis, [int(tokens) for tokens in dense])
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("perplexity, times that of dense fine-tuning")
 
 
 def label(axis, ticks: list[int]) -> None:
     """Plain numbers on a logarithmic axis."""
-    axis.set_ticks(ticks, [str(tick) for tick in ticks])
+    axis.set_ticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.set_ticks([], minor=True)
 
 
