@@ -31,11 +31,11 @@ def draw(results: dict, path: Path) -> None:
     """Perplexity against sparsity, or, of results with several numbers of tokens, its ratio to dense against these."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.subplots()
     (draw_budgets if isinstance(results["dense"], dict) else draw_sparsity)(axes, results)
     axes.set_title(f"{results['model']} on {results['data'].split(',')[0]}")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     axes.grid(alpha=0.3)
     save_figure(figure, path, dpi=120)
 
