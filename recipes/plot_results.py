@@ -58,18 +58,20 @@ def draw_sparsity(axes, results: dict) -> None:
 
 
 def draw_budgets(axes, results: dict) -> None:
-    """One line for each method: its perplexity divided by that of the dense model after as many tokens."""
-    rows, dense = results["rows"], results["dense"]
+    """One line for each method: its perplexity divided by the lowest of a dense model after at most as many tokens."""
+    rows = results["rows"]
+    dense = {int(tokens): perplexity for tokens, perplexity in results["dense"].items()}
+    best = {tokens: min(dense[fewer] for fewer in dense if fewer <= tokens) for tokens in dense}
     for method in dict.fromkeys(row["method"] for row in rows):
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["tokens"])
         axes.plot(
             [row["tokens"] for row in own],
-            [row["perplexity"] / dense[str(row["tokens"])] for row in own],
+            [row["perplexity"] / best[row["tokens"]] for row in own],
             marker="o",
             label=method,
         )
     axes.set_xscale("log")
-    label(axes.xaxis, [int(tokens) for tokens in dense])
+    label(axes.xaxis, list(dense))
     axes.set_xlabel("training tokens")
     axes.set_ylabel("perplexity, times that of dense fine-tuning")
 
